@@ -1,0 +1,200 @@
+"""Gather-aggregate over CSR (A2Q sec. 3.1, proofs 2 and 3; NUMERICS 7).
+
+A graph is given by its CSR by destination: ``indptr`` ``[N + 1]`` and ``indices`` ``[E]`` (sources, int32), and the ``schedule`` of its rows
+(:mod:`.schedule`: order, segments, hubs). Sources number ``M`` (``M = N`` unless bipartite). Edge tensors are in CSR order.
+
+Float aggregation, out[i] = reduce over edges e of row i of weight[e] * x[indices[e]]:
+float32 accumulation in a fixed order (float64 for float64), so two runs give the same bits. Empty rows are 0. ``max`` and ``min`` also give ``arg``,
+the CSR position of the edge that was taken (the first of equals, NaN before all; -1 for an empty row).
+
+Packed aggregation sums the codes in int32, exactly, whatever the order, and then applies the epilogue of :mod:`.matmul` and, on request, a
+quantization with a step and width per row (:mod:`.quantize`), packed into the rows' own containers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .backend import implementation
+from .matmul import epilogue_reference
+from .packing import bucket_starts, pack_reference, unpack_reference, uniform_counts
+from .quantize import codes_reference, compute_dtype
+
+REDUCTIONS = ("sum", "mean", "max", "min")
+
+
+def rows_of_edges(indptr: Tensor) -> Tensor:
+    """Destination of every CSR edge, int32 ``[E]``."""
+    rows = torch.arange(indptr.numel() - 1, dtype=torch.int32, device=indptr.device)
+    return torch.repeat_interleave(rows, (indptr[1:] - indptr[:-1]).long())
+
+
+def _mean_factor(indptr: Tensor, dtype: torch.dtype) -> Tensor:
+    return 1 / (indptr[1:] - indptr[:-1]).clamp_min(1).to(dtype)
+
+
+def _extreme_reference(rows: Tensor, messages: Tensor, n: int, largest: bool) -> tuple[Tensor, Tensor]:
+    edges, features = messages.shape
+    index = rows.long().unsqueeze(1).expand(edges, features)
+    rank = torch.nan_to_num(messages if largest else -messages, nan=torch.inf, posinf=torch.finfo(messages.dtype).max, neginf=-torch.inf)
+    best = torch.full((n, features), -torch.inf, dtype=messages.dtype, device=messages.device).scatter_reduce(0, index, rank, "amax")
+    position = torch.arange(edges, device=rows.device).unsqueeze(1).expand(edges, features)
+    taken = torch.where(rank == best[rows.long()], position, edges)
+    arg = torch.full((n, features), edges, device=rows.device).scatter_reduce(0, index, taken, "amin")
+    padded = torch.cat([messages, messages.new_zeros(1, features)])
+    return padded.gather(0, arg), torch.where(arg == edges, -1, arg)
+
+
+def aggregate_reference(
+    indptr: Tensor, indices: Tensor, schedule: Sequence[Tensor], x: Tensor, weight: Tensor | None, reduce: str
+) -> tuple[Tensor, Tensor]:
+    n, dtype, rows = indptr.numel() - 1, compute_dtype(x), rows_of_edges(indptr)
+    messages = x.to(dtype)[indices.long()]
+    if weight is not None:
+        messages = messages * weight.to(dtype).unsqueeze(1)
+    if reduce in ("max", "min"):
+        out, arg = _extreme_reference(rows, messages, n, reduce == "max")
+        return out.to(x.dtype), arg.to(indptr.dtype)
+    out = torch.zeros(n, x.size(1), dtype=dtype, device=x.device).index_add_(0, rows.long(), messages)
+    if reduce == "mean":
+        out = out * _mean_factor(indptr, dtype).unsqueeze(1)
+    return out.to(x.dtype), indptr.new_empty(0)
+
+
+@torch.library.custom_op("qgnn::aggregate", mutates_args=())
+def aggregate(
+    indptr: Tensor, indices: Tensor, schedule: Sequence[Tensor], x: Tensor, weight: Tensor | None, reduce: str
+) -> tuple[Tensor, Tensor]:
+    """``x`` ``[M, F]`` (float16, bfloat16, float32; float64 on the reference), ``weight`` ``[E]`` or none -> ``out`` ``[N, F]`` in the dtype of
+    ``x``, and ``arg`` ``[N, F]`` in the dtype of ``indptr`` (empty for sum and mean)."""
+    return implementation("aggregate", "aggregate", aggregate_reference, x)(indptr, indices, schedule, x, weight, reduce)  # type: ignore[no-any-return]
+
+
+@aggregate.register_fake
+def _(indptr, indices, schedule, x, weight, reduce):  # type: ignore[no-untyped-def]
+    out = x.new_empty((indptr.shape[0] - 1, x.shape[1]))
+    return out, out.new_empty(out.shape if reduce in ("max", "min") else 0, dtype=indptr.dtype)
+
+
+def aggregate_arg_backward_reference(
+    indptr: Tensor, indices: Tensor, edges: Tensor, grad: Tensor, arg: Tensor, weight: Tensor | None
+) -> Tensor:
+    sources, dtype = rows_of_edges(indptr).long(), compute_dtype(grad)
+    chosen = arg[indices.long()] == edges.unsqueeze(1)
+    messages = torch.where(chosen, grad.to(dtype)[indices.long()], 0)
+    if weight is not None:
+        messages = messages * weight.to(dtype)[edges.long()].unsqueeze(1)
+    out = torch.zeros(indptr.numel() - 1, grad.size(1), dtype=dtype, device=grad.device)
+    return out.index_add_(0, sources, messages).to(grad.dtype)
+
+
+@torch.library.custom_op("qgnn::aggregate_arg_backward", mutates_args=())
+def aggregate_arg_backward(indptr: Tensor, indices: Tensor, edges: Tensor, grad: Tensor, arg: Tensor, weight: Tensor | None) -> Tensor:
+    """Gradient of x for max and min, gathered over the transposed graph: ``indptr`` ``[M + 1]``, ``indices`` (destinations) and ``edges`` (CSR
+    position of each transposed edge) ``[E]``; ``grad`` and ``arg`` ``[N, F]``; ``weight`` in CSR order -> ``[M, F]`` in the dtype of ``grad``."""
+    return implementation("aggregate", "aggregate_arg_backward", aggregate_arg_backward_reference, grad)(indptr, indices, edges, grad, arg, weight)  # type: ignore[no-any-return]
+
+
+@aggregate_arg_backward.register_fake
+def _(indptr, indices, edges, grad, arg, weight):  # type: ignore[no-untyped-def]
+    return grad.new_empty((indptr.shape[0] - 1, grad.shape[1]))
+
+
+def edge_dot_reference(rows: Tensor, indices: Tensor, x: Tensor, grad: Tensor, arg: Tensor | None) -> Tensor:
+    dtype = compute_dtype(x)
+    product = x.to(dtype)[indices.long()] * grad.to(dtype)[rows.long()]
+    if arg is not None:
+        position = torch.arange(rows.numel(), device=rows.device).unsqueeze(1)
+        product = torch.where(arg[rows.long()] == position, product, 0)
+    return product.sum(1)
+
+
+@torch.library.custom_op("qgnn::edge_dot", mutates_args=())
+def edge_dot(rows: Tensor, indices: Tensor, x: Tensor, grad: Tensor, arg: Tensor | None) -> Tensor:
+    """Gradient of the edge weights: the dot product of ``x[indices[e]]`` and ``grad[rows[e]]``, over the features where ``arg`` is ``e`` if it is
+    given; ``x`` ``[M, F]``, ``grad`` ``[N, F]`` -> float32 (float64 for float64) ``[E]`` in CSR order."""
+    return implementation("aggregate", "edge_dot", edge_dot_reference, x)(rows, indices, x, grad, arg)  # type: ignore[no-any-return]
+
+
+@edge_dot.register_fake
+def _(rows, indices, x, grad, arg):  # type: ignore[no-untyped-def]
+    return x.new_empty(rows.shape[0], dtype=compute_dtype(x))
+
+
+def _output_reference(
+    v: Tensor, out_step: Tensor | None, out_bits: Tensor | None, out_pos: Tensor | None, out_counts: Sequence[int], out_signed: bool
+) -> Tensor:
+    if out_step is None or out_bits is None:
+        return v
+    codes, _ = codes_reference(v, out_step, out_bits, True, out_signed)
+    return pack_reference(codes, out_pos, out_counts)
+
+
+def aggregate_packed_reference(
+    indptr: Tensor, indices: Tensor, schedule: Sequence[Tensor], x: Tensor, container: int, sources: int, features: int, signed: bool,
+    output: str, row_scale: Tensor | None, col_scale: Tensor | None, bias: Tensor | None, relu: bool, out_step: Tensor | None, out_bits: Tensor | None,
+    out_pos: Tensor | None, out_counts: Sequence[int], out_signed: bool,
+) -> Tensor:  # fmt: skip
+    codes = unpack_reference(x, None, uniform_counts(sources, container), features, signed)
+    acc = torch.zeros(indptr.numel() - 1, features, dtype=torch.int32, device=x.device)
+    acc.index_add_(0, rows_of_edges(indptr).long(), codes[indices.long()])
+    if output == "acc":
+        return acc
+    v = epilogue_reference(acc, row_scale, col_scale, bias, relu)
+    return _output_reference(v, out_step, out_bits, out_pos, out_counts, out_signed)
+
+
+@torch.library.custom_op("qgnn::aggregate_packed", mutates_args=())
+def aggregate_packed(
+    indptr: Tensor, indices: Tensor, schedule: Sequence[Tensor], x: Tensor, container: int, sources: int, features: int, signed: bool,
+    output: str, row_scale: Tensor | None, col_scale: Tensor | None, bias: Tensor | None, relu: bool, out_step: Tensor | None, out_bits: Tensor | None,
+    out_pos: Tensor | None, out_counts: Sequence[int], out_signed: bool,
+) -> Tensor:  # fmt: skip
+    """Sums the codes of ``x`` (packed ``[M, F]``, all rows in one ``container``, ``M = sources``) in int32; the caller has checked that
+    ``largest code * largest in-degree`` fits. ``output``: ``"acc"`` int32 ``[N, F]``; ``"float"`` float32 ``[N, F]``, after the epilogue with
+    ``row_scale`` ``[N]``, ``col_scale`` ``[F]``, ``bias`` ``[F]``; ``"packed"``: the codes of that with ``out_step``, ``out_bits`` ``[N]``, where
+    ``out_pos`` and ``out_counts`` say."""
+    return implementation("aggregate", "aggregate_packed", aggregate_packed_reference, x)(  # type: ignore[no-any-return]
+        indptr, indices, schedule, x, container, sources, features, signed, output, row_scale, col_scale, bias, relu, out_step, out_bits, out_pos,
+        out_counts, out_signed,
+    )  # fmt: skip
+
+
+@aggregate_packed.register_fake
+def _(indptr, indices, schedule, x, container, sources, features, signed, output, row_scale, col_scale, bias, relu, out_step, out_bits, out_pos, out_counts, out_signed):  # type: ignore[no-untyped-def]  # fmt: skip
+    if output == "packed":
+        return x.new_empty(bucket_starts(out_counts, features)[-1])
+    return x.new_empty((indptr.shape[0] - 1, features), dtype=torch.int32 if output == "acc" else torch.float32)
+
+
+def aggregate_rows_reference(
+    indptr: Tensor, indices: Tensor, schedule: Sequence[Tensor], x: Tensor, pos: Tensor | None, counts: Sequence[int], features: int, signed: bool,
+    step: Tensor, weight: Tensor | None, row_scale: Tensor | None, bias: Tensor | None, relu: bool,
+) -> Tensor:  # fmt: skip
+    values = step.unsqueeze(1) * unpack_reference(x, pos, counts, features, signed)
+    messages = values[indices.long()]
+    if weight is not None:
+        messages = messages * weight.unsqueeze(1)
+    acc = torch.zeros(indptr.numel() - 1, features, dtype=torch.float32, device=x.device)
+    acc.index_add_(0, rows_of_edges(indptr).long(), messages)
+    return epilogue_reference(acc, row_scale, None, bias, relu)
+
+
+@torch.library.custom_op("qgnn::aggregate_rows", mutates_args=())
+def aggregate_rows(
+    indptr: Tensor, indices: Tensor, schedule: Sequence[Tensor], x: Tensor, pos: Tensor | None, counts: Sequence[int], features: int, signed: bool,
+    step: Tensor, weight: Tensor | None, row_scale: Tensor | None, bias: Tensor | None, relu: bool,
+) -> Tensor:  # fmt: skip
+    """Sums ``weight[e] * step[source] * code`` in float32 in a fixed order: packed ``x`` ``[M, F]`` with a step per row and rows of mixed widths,
+    ``weight`` ``[E]`` (float32) or none; then the epilogue without a column factor -> float32 ``[N, F]``."""
+    return implementation("aggregate", "aggregate_rows", aggregate_rows_reference, x)(  # type: ignore[no-any-return]
+        indptr, indices, schedule, x, pos, counts, features, signed, step, weight, row_scale, bias, relu
+    )
+
+
+@aggregate_rows.register_fake
+def _(indptr, indices, schedule, x, pos, counts, features, signed, step, weight, row_scale, bias, relu):  # type: ignore[no-untyped-def]
+    return step.new_empty((indptr.shape[0] - 1, features))

@@ -1,0 +1,190 @@
+"""What the Triton kernels share: the quantizer, the bit layouts of :mod:`..packing`, and what to compile ahead of time.
+
+A kernel that reads or writes packed rows takes the arguments of :func:`layout_arguments` by name: the first place of
+each bucket, its start, the stride of its rows, and ``CONTAINER``, the one container of all rows or ``None``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import triton
+import triton.language as tl
+
+from ..packing import CONTAINERS, bucket_starts, row_bytes
+
+
+@triton.jit
+def _largest_code(b_bits, SIGNED: tl.constexpr):
+    """``Q`` (A2Q eq. 1), int32: ``max(0, 2^(b-1) - 1)`` for signed codes, ``2^b - 1`` for unsigned ones."""
+    if SIGNED:
+        b_exponent = tl.maximum(b_bits.to(tl.int32) - 1, 0)
+    else:
+        b_exponent = b_bits.to(tl.int32)
+    return (1 << b_exponent) - 1
+
+
+@triton.jit
+def _codes(b_x, b_step, b_q, SIGNED: tl.constexpr):
+    """``sign(x) * min(floor(|x| / step + 0.5), Q)`` (A2Q eq. 1), int32; unsigned codes of negative values are 0.
+
+    x and step are float32."""
+    b_level = tl.floor(tl.div_rn(tl.abs(b_x), b_step) + 0.5)
+    # In float, then to int: a quotient that exceeds int32 is cut to Q first.
+    b_code = tl.minimum(b_level, b_q.to(tl.float32)).to(tl.int32)
+    if SIGNED:
+        return tl.where(b_x < 0, -b_code, b_code)
+    else:
+        return tl.where(b_x < 0, 0, b_code)
+
+
+@triton.jit
+def _clipped(b_x, b_step, b_q, SIGNED: tl.constexpr):
+    """``|x| >= step * Q`` (A2Q eq. 10); for unsigned codes also ``x < 0``."""
+    b_clipped = tl.abs(b_x) >= b_step * b_q.to(tl.float32)
+    if SIGNED:
+        return b_clipped
+    else:
+        return b_clipped | (b_x < 0)
+
+
+@triton.jit
+def _extended(b_code, CONTAINER: tl.constexpr, SIGNED: tl.constexpr):
+    """The number that the lowest ``CONTAINER`` bits of an int32 stand for; the bits above are ignored."""
+    b_low = b_code & ((1 << CONTAINER) - 1)
+    if SIGNED:
+        return (b_low ^ (1 << (CONTAINER - 1))) - (1 << (CONTAINER - 1))
+    else:
+        return b_low
+
+
+@triton.jit
+def _unpack(b_bytes, CONTAINER: tl.constexpr, SIGNED: tl.constexpr):
+    """uint8 ``[R, B]`` -> int32 ``[R, B * 8 / CONTAINER]``; the codes of a byte stay in the registers of one thread."""
+    b_word = b_bytes.to(tl.int32)
+    if CONTAINER == 8:
+        return _extended(b_word, 8, SIGNED)
+    elif CONTAINER == 4:
+        return tl.interleave(_extended(b_word, 4, SIGNED), _extended(b_word >> 4, 4, SIGNED))
+    elif CONTAINER == 2:
+        b_even = tl.interleave(_extended(b_word, 2, SIGNED), _extended(b_word >> 4, 2, SIGNED))
+        b_odd = tl.interleave(_extended(b_word >> 2, 2, SIGNED), _extended(b_word >> 6, 2, SIGNED))
+        return tl.interleave(b_even, b_odd)
+    else:
+        tl.static_assert(CONTAINER == 1, "a container that is stored has 1, 2, 4 or 8 bits")
+        b_even = tl.interleave(
+            tl.interleave(_extended(b_word, 1, SIGNED), _extended(b_word >> 4, 1, SIGNED)),
+            tl.interleave(_extended(b_word >> 2, 1, SIGNED), _extended(b_word >> 6, 1, SIGNED)),
+        )
+        b_odd = tl.interleave(
+            tl.interleave(_extended(b_word >> 1, 1, SIGNED), _extended(b_word >> 5, 1, SIGNED)),
+            tl.interleave(_extended(b_word >> 3, 1, SIGNED), _extended(b_word >> 7, 1, SIGNED)),
+        )
+        return tl.interleave(b_even, b_odd)
+
+
+@triton.jit
+def _pack(b_codes, CONTAINER: tl.constexpr):
+    """int32 ``[R, F]`` -> uint8 ``[R, F * CONTAINER / 8]``; bits above the container are dropped."""
+    LANES: tl.constexpr = 8 // CONTAINER
+    b_low = b_codes & ((1 << CONTAINER) - 1)
+    if LANES == 1:
+        return b_low.to(tl.uint8)
+    else:
+        # [R, F / LANES, LANES]
+        b_lanes = tl.reshape(b_low, (b_codes.shape[0], b_codes.shape[1] // LANES, LANES))
+        b_shifts = (tl.arange(0, LANES) * CONTAINER)[None, None, :]
+        return tl.sum(b_lanes << b_shifts, axis=2).to(tl.uint8)
+
+
+@triton.jit
+def _places(p_pos, b_rows, m_rows):
+    """Place in bucket order of each row; ``p_pos`` is None where a row's place is its index."""
+    if p_pos is None:
+        return b_rows
+    else:
+        return tl.load(p_pos + b_rows, mask=m_rows, other=0)
+
+
+@triton.jit
+def _row_address(
+    b_pos, first_4, first_2, first_1, first_0, start_4, start_2, start_1, stride_8, stride_4, stride_2, stride_1,
+    CONTAINER: tl.constexpr,
+):  # fmt: skip
+    """Container (int32) and first byte (int64) of the rows at the places ``b_pos``; 0 and 0 for a row without bytes."""
+    b_place = b_pos.to(tl.int64)
+    b_zero = b_pos.to(tl.int32) * 0
+    if CONTAINER == 8:
+        return b_zero + 8, b_place * stride_8
+    elif CONTAINER == 4:
+        return b_zero + 4, b_place * stride_4
+    elif CONTAINER == 2:
+        return b_zero + 2, b_place * stride_2
+    elif CONTAINER == 1:
+        return b_zero + 1, b_place * stride_1
+    elif CONTAINER == 0:
+        return b_zero, b_place * 0
+    else:
+        b_container = tl.where(b_pos < first_1, 2, tl.where(b_pos < first_0, 1, 0))
+        b_container = tl.where(b_pos < first_4, 8, tl.where(b_pos < first_2, 4, b_container))
+        b_narrow = tl.where(b_pos < first_0, start_1 + (b_place - first_1) * stride_1, 0)
+        b_narrow = tl.where(b_pos < first_1, start_2 + (b_place - first_2) * stride_2, b_narrow)
+        b_wide = tl.where(b_pos < first_4, b_place * stride_8, start_4 + (b_place - first_4) * stride_4)
+        return b_container, tl.where(b_pos < first_2, b_wide, b_narrow)
+
+
+LAYOUT_FIRSTS = ["first_4", "first_2", "first_1", "first_0"]
+"""For ``triton.jit(do_not_specialize=LAYOUT_FIRSTS)``: they change with every training step, and nothing needs their
+divisibility."""
+
+LAYOUT_SIGNATURE = {
+    **dict.fromkeys(LAYOUT_FIRSTS, "i32"),
+    **dict.fromkeys(["start_4", "start_2", "start_1"], "i32:16"),
+    **dict.fromkeys(["stride_8", "stride_4", "stride_2", "stride_1"], "i32:16"),
+}
+"""The layout's arguments in the signature of a :class:`CompileCase`, where rows have 16 bytes or more."""
+
+
+def layout_arguments(counts: Sequence[int], features: int) -> dict[str, int | None]:
+    """The arguments by which a kernel finds packed rows (:func:`..packing.bucket_starts`).
+
+    Worked example, ``counts = (0, 1, 2, 0, 1)`` of 6 codes: first_4, first_2, first_1, first_0 = 0, 1, 3, 3;
+    start_4, start_2, start_1 = 0, 16, 32; stride_8, stride_4, stride_2, stride_1 = 6, 3, 2, 1; CONTAINER = None.
+    """
+    arguments: dict[str, int | None] = {"CONTAINER": uniform_container(counts)}
+    starts, first = bucket_starts(counts, features), 0
+    for container, count, start in zip(CONTAINERS, counts, starts, strict=False):
+        if container != 8:
+            arguments[f"first_{container}"] = first
+        if container not in (0, 8):
+            arguments[f"start_{container}"] = start
+        if container:
+            arguments[f"stride_{container}"] = row_bytes(container, features)
+        first += count
+    return arguments
+
+
+def uniform_container(counts: Sequence[int]) -> int | None:
+    """The container that all rows have, or None if they differ."""
+    return next((c for c, count in zip(CONTAINERS, counts, strict=True) if count == sum(counts)), None)
+
+
+@dataclass(frozen=True)
+class CompileCase:
+    """A kernel as it is compiled without a GPU (:mod:`qgnn.perf.static`); kernel files list theirs: ``COMPILE_CASES``.
+
+    ``signature`` names every argument that is not a constexpr, with Triton's type: ``"*fp32"`` a pointer (taken to be
+    aligned to 16 bytes), ``"i32"`` an integer, ``"i32:16"`` one that is divisible by 16. ``constexprs`` holds the
+    others: capitals, blocks, and each optional pointer that is None. ``options`` are those of the launch
+    (``num_warps``, ``enable_fp_fusion``). Example:
+
+    ``CompileCase("mixed", _kernel, {"p_out": "*fp32", "N": "i32", **LAYOUT_SIGNATURE}, {"BLOCK_F": 128})``
+    """
+
+    name: str
+    kernel: Any
+    signature: dict[str, str]
+    constexprs: dict[str, Any]
+    options: dict[str, Any] = field(default_factory=lambda: {"num_warps": 4})

@@ -1,0 +1,109 @@
+"""How one launch runs the whole :class:`..schedule.Schedule` of an aggregation, and what its kernels share.
+
+Programs ``0 .. S - 1`` of grid axis 0 take one segment each, ``BLOCK_E`` of its edges at a time; the programs after them take ``BLOCK_R`` narrow
+rows each, one edge of each row at a time. Segments come first because they take longest. Grid axis 1 runs over blocks of features.
+
+A segment of a hub leaves its part in a slot and counts itself in; the program that counts the last one in adds the slots in their order and
+writes the row. Which program that is varies, what it adds and in which order does not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from ..schedule import slot_count
+
+_kept: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def kept(tensor: Tensor, function: Callable[[Tensor], Any]) -> Any:
+    """``function(tensor)``, computed once for as long as ``tensor`` lives and nobody writes to it.
+
+    For what follows from the graph alone (the inverse of a permutation, a count that must be read from the device): a layer then needs no further
+    launch and no synchronisation, and can be captured in a CUDA graph after its first call.
+    """
+    if tensor.is_inference():  # has no version counter
+        return function(tensor)
+    entry = _kept.get(tensor)
+    if entry is None or entry[:2] != (tensor._version, function):
+        entry = (tensor._version, function, function(tensor))
+        _kept[tensor] = entry
+    return entry[2]
+
+
+def _slots_of(hubs: Tensor) -> int:
+    return slot_count([hubs, hubs, hubs])
+
+
+def workspace(schedule: Sequence[Tensor], features: int, blocks: int, dtypes: Sequence[torch.dtype]) -> list[Tensor | None]:
+    """Zeroed counters ``[H, blocks]`` and, for each dtype, slots ``[slots, F]``; all None where there is no hub."""
+    hubs = schedule[2]
+    if not hubs.size(0):
+        return [None] * (1 + len(dtypes))
+    slots = kept(hubs, _slots_of)
+    arrived = torch.zeros(hubs.size(0), blocks, dtype=torch.int32, device=hubs.device)
+    return [arrived, *(torch.empty(slots, features, dtype=dtype, device=hubs.device) for dtype in dtypes)]
+
+
+@triton.jit
+def _segment(p_segments, i_segment):
+    """Row, first edge, end, slot and hub of a segment; scalars."""
+    p_segment = p_segments + i_segment.to(tl.int64) * 5
+    return (
+        tl.load(p_segment).to(tl.int64),
+        tl.load(p_segment + 1),
+        tl.load(p_segment + 2),
+        tl.load(p_segment + 3).to(tl.int64),
+        tl.load(p_segment + 4).to(tl.int64),
+    )
+
+
+@triton.jit
+def _narrow_rows(p_order, p_indptr, i_tile, R, BLOCK_R: tl.constexpr):
+    """Rows of one narrow tile, which of them exist, their first edges and degrees; ``[BLOCK_R]``."""
+    o_r = i_tile * BLOCK_R + tl.arange(0, BLOCK_R)
+    m_r = o_r < R
+    b_row = tl.load(p_order + o_r, mask=m_r, other=0).to(tl.int64)
+    b_first = tl.load(p_indptr + b_row, mask=m_r, other=0)
+    b_degree = (tl.load(p_indptr + b_row + 1, mask=m_r, other=0) - b_first).to(tl.int32)
+    return b_row, m_r, b_first, b_degree
+
+
+@triton.jit
+def _last_to_arrive(p_arrived, p_hubs, i_hub):
+    """Counts this program in at its hub (and block of features): whether it is the last, the hub's first slot, and the end of its slots."""
+    i_first = tl.load(p_hubs + i_hub * 3 + 1).to(tl.int64)
+    slots = tl.load(p_hubs + i_hub * 3 + 2).to(tl.int32)
+    # Every thread has written its part of the slot before one of them releases it.
+    tl.debug_barrier()
+    p_count = p_arrived + i_hub * tl.num_programs(1) + tl.program_id(1)
+    b_before = tl.atomic_add(p_count, 1, sem="acq_rel", scope="gpu")
+    tl.debug_barrier()
+    return b_before == slots - 1, i_first, i_first + slots
+
+
+@triton.jit
+def _store_slot(p_slots, i_slot, b_part, o_f, m_f, F):
+    tl.store(p_slots + i_slot * F + o_f[None, :], b_part, mask=m_f[None, :])
+
+
+@triton.jit
+def _load_slot(p_slots, i_slot, o_f, m_f, F):
+    """``[1, BLOCK_F]``; past the L1 cache, which does not see what other programs write."""
+    return tl.load(p_slots + i_slot * F + o_f[None, :], mask=m_f[None, :], other=0, cache_modifier=".cg")
+
+
+@triton.jit
+def _sum_of_slots(p_slots, i_first, i_end, b_zero, o_f, m_f, F):
+    """``[1, BLOCK_F]``, in the order of the slots."""
+    b_sum = b_zero
+    for i_slot in range(i_first, i_end):
+        b_sum += _load_slot(p_slots, i_slot, o_f, m_f, F)
+    return b_sum

@@ -1,0 +1,1 @@
+"""Benchmarks, roofline and static checks of compiled kernels, imported as ``qgnn.perf``; results lie in ``results/*.csv``."""
