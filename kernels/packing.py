@@ -143,10 +143,10 @@ def pack_bits_reference(flags: Tensor) -> Tensor:
     padded = torch.zeros(n, -(-features // 8) * 8, dtype=torch.int32, device=flags.device)
     padded[:, :features] = flags
     shifts = torch.arange(8, dtype=torch.int32, device=flags.device)
-    return (padded.view(n, -1, 8) << shifts).sum(-1).to(torch.uint8)
+    return (padded.view(n, -(-features // 8), 8) << shifts).sum(-1).to(torch.uint8)
 
 
 def unpack_bits_reference(bits: Tensor, features: int) -> Tensor:
     """The inverse of :func:`pack_bits_reference`: bool ``[N, F]``."""
     shifts = torch.arange(8, dtype=torch.uint8, device=bits.device)
-    return ((bits.unsqueeze(-1) >> shifts) & 1).view(bits.size(0), -1)[:, :features].bool()
+    return ((bits.unsqueeze(-1) >> shifts) & 1).flatten(1)[:, :features].bool()

@@ -41,6 +41,7 @@ class Graph:
             :meth:`add_self_loops` added are numbered after the caller's.
         num_nodes: destinations ``N``.
         num_sources: sources ``M``; equal to ``num_nodes`` unless the graph is bipartite.
+        notes: tensors that users of the graph derived from it and want to keep with it.
 
     Edges are kept as given: duplicates and self loops stay. The transpose and the schedule are built when they are first needed, on the device of
     the graph, and kept. ``sort=False`` turns degree sorting, binning and hub splitting off, for comparison; results of integers do not change.
@@ -49,6 +50,7 @@ class Graph:
     def __init__(self, indptr: Tensor, indices: Tensor, perm: Tensor, num_sources: int, *, sort: bool = True) -> None:
         self.indptr, self.indices, self.perm = indptr, indices, perm
         self.num_nodes, self.num_sources, self.sort = indptr.numel() - 1, num_sources, sort
+        self.notes: dict[Any, Tensor] = {}
 
     @classmethod
     def from_edge_index(cls, edge_index: Tensor, num_nodes: int | tuple[int, int] | None = None, *, sort: bool = True) -> Graph:

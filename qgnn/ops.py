@@ -146,7 +146,12 @@ def aggregate(
         return _aggregate_quantized(g, x, edge_weight, reduce, features)
     if not x.is_floating_point():
         raise TypeError(f"x must be a floating-point tensor or a QTensor, got {x.dtype}")
-    return autograd.Aggregate.apply(x, edge_weight, g, reduce)  # type: ignore[no-any-return, no-untyped-call]
+    return aggregate_csr(g, x, edge_weight, reduce)
+
+
+def aggregate_csr(g: Graph, x: Tensor, weight: Tensor | None, reduce: str = "sum") -> Tensor:
+    """:func:`aggregate` for layers: float ``x`` that is known to fit, and ``weight`` ``[E]`` already in CSR order."""
+    return autograd.Aggregate.apply(x, weight, g, reduce)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def _aggregate_quantized(g: Graph, x: QTensor, weight: Tensor | None, reduce: str, features: int) -> Tensor:

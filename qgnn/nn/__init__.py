@@ -1,1 +1,6 @@
-"""Graph layers with PyTorch Geometric's constructor arguments and state-dict keys, and a quantization scheme."""
+"""Layers with PyG's constructor arguments and state-dict keys, quantized by a scheme."""
+
+from .gcn_conv import GCNConv
+from .linear import Linear
+
+__all__ = ["GCNConv", "Linear"]

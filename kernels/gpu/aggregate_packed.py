@@ -1,0 +1,253 @@
+"""Triton gather-aggregate of packed codes in int32, with the fused epilogue (contract: :mod:`..aggregate`; one launch: :mod:`.segments`).
+
+A row of at least 16 bytes is read in words of 32 bits, a shorter one in bytes. The codes of a word are added where they stand: shifted by lane and
+masked, several to a word, so that one addition counts for two codes of 8 bits or four narrower ones; before a field could overflow, the fields
+are added to int32. Signed codes get their bias (128 for 8 bits) by one exclusive or, and it is taken off once per row.
+
+Worked example, 4-bit codes: the word 0x000000F1 holds the codes 1, -1, 0 ... With the bias it is 0x88888879: 9, 7, 8 ... in the lanes 0 (even codes,
+0x08080809) and 1 (odd codes, 0x08080807). Sixteen edges reach at most 16 * 15 = 240 in a field of 8 bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..packing import bucket_starts, row_bytes
+from .common import LAYOUT_FIRSTS, LAYOUT_SIGNATURE, CompileCase, _codes, _largest_code, layout_arguments
+from .epilogue import _clear_tails, _epilogue, _store_codes, has_tails, padded_features
+from .segments import _last_to_arrive, _narrow_rows, _segment, _store_slot, _sum_of_slots, workspace
+
+
+def lane_constants(container: int, signed: bool, unit: int) -> dict[str, int]:
+    """How the codes of one unit of ``unit`` bits are added: code ``h * LANES + j`` stands in field ``h`` of lane ``j``.
+
+    ``FLUSH`` edges, a power of two, can be added before a field of ``FIELD`` bits overflows. Numbers of 32 bits are given as int32.
+    """
+    field = 16 if container == 8 else 8
+    lanes, fields = min(field, unit) // container, max(unit // field, 1)
+    bias = 1 << (container - 1) if signed else 0
+    flip = sum(bias << shift for shift in range(0, unit, container))
+    return {
+        "CONTAINER": container, "LANES": lanes, "FIELDS": fields, "FIELD": field, "BIAS": bias,
+        "FLIP": flip - (1 << 32) if flip >= 1 << 31 else flip,
+        "MASK": sum(((1 << container) - 1) << (h * field) for h in range(fields)),
+        "FLUSH": {8: 256, 4: 16, 2: 64, 1: 128}[container],
+    }  # fmt: skip
+
+
+@triton.jit
+def _split(b_unit, SHIFT: tl.constexpr, PARTS: tl.constexpr, MASK: tl.constexpr):
+    """``[R, U]`` -> ``[R, U * PARTS]``: part ``j`` of a unit is ``(unit >> j * SHIFT) & MASK``. All parts stay in the thread of their unit."""
+    if PARTS == 1:
+        return b_unit & MASK
+    elif PARTS == 2:
+        return tl.interleave(b_unit & MASK, (b_unit >> SHIFT) & MASK)
+    else:
+        # Part j of PARTS is part j // 2 of the units shifted by (j % 2) * SHIFT.
+        b_even = _split(b_unit, 2 * SHIFT, PARTS // 2, MASK)
+        b_odd = _split(b_unit >> SHIFT, 2 * SHIFT, PARTS // 2, MASK)
+        return tl.interleave(b_even, b_odd)
+
+
+@triton.jit
+def _lanes(p_x, p_indices, b_edge, m_edge, o_u, m_u, stride_x, CONTAINER: tl.constexpr, LANES: tl.constexpr, MASK: tl.constexpr, FLIP: tl.constexpr):
+    """The codes of the sources of some edges by lane, biased, int32 ``[E, U * LANES]``; 0 where masked."""
+    b_source = tl.load(p_indices + b_edge, mask=m_edge, other=0).to(tl.int64)
+    p_unit = p_x + b_source[:, None] * stride_x + o_u[None, :]
+    b_unit = tl.load(p_unit, mask=m_edge[:, None] & m_u[None, :], other=FLIP).to(tl.int32)
+    return _split(b_unit ^ FLIP, CONTAINER, LANES, MASK)
+
+
+@triton.jit
+def _ordered(b_fields, LANES: tl.constexpr, FIELDS: tl.constexpr):
+    """``[R, U * LANES * FIELDS]`` -> ``[R, F]``: from lane by lane to the order of the codes."""
+    if LANES == 1 or FIELDS == 1:
+        return b_fields
+    else:
+        R: tl.constexpr = b_fields.shape[0]
+        F: tl.constexpr = b_fields.shape[1]
+        b_split = tl.reshape(b_fields, (R, F // (LANES * FIELDS), LANES, FIELDS))
+        return tl.reshape(tl.permute(b_split, (0, 1, 3, 2)), (R, F))
+
+
+@triton.jit
+def _store_tile(
+    p_out, p_row_scale, p_col_scale, p_bias, p_step, p_bits, p_pos, b_acc, b_row, m_row, o_f, m_f, F,
+    first_4, first_2, first_1, first_0, start_4, start_2, start_1, stride_8, stride_4, stride_2, stride_1,
+    OUTPUT: tl.constexpr, OUT_CONTAINER: tl.constexpr, OUT_SIGNED: tl.constexpr, RELU: tl.constexpr, BLOCK_F: tl.constexpr,
+):  # fmt: skip
+    """The sums ``[R, BLOCK_F]`` of the rows ``b_row`` as they are, after the epilogue, or quantized by row and packed."""
+    p_tile = p_out + b_row[:, None] * F + o_f[None, :]
+    m_tile = m_row[:, None] & m_f[None, :]
+    if OUTPUT == "acc":
+        tl.store(p_tile, b_acc, mask=m_tile)
+    else:
+        b_v = _epilogue(b_acc, p_row_scale, p_col_scale, p_bias, b_row, m_row, o_f, m_f, RELU)
+        if OUTPUT == "float":
+            tl.store(p_tile, b_v, mask=m_tile)
+        else:
+            b_step = tl.load(p_step + b_row, mask=m_row, other=1)[:, None]
+            b_q = _largest_code(tl.load(p_bits + b_row, mask=m_row, other=0), OUT_SIGNED)[:, None]
+            b_codes = tl.where(m_f[None, :], _codes(b_v, b_step, b_q, OUT_SIGNED), 0)
+            _store_codes(
+                p_out, p_pos, b_codes, b_row, m_row, tl.program_id(1), first_4, first_2, first_1, first_0, start_4, start_2, start_1,
+                stride_8, stride_4, stride_2, stride_1, OUT_CONTAINER, BLOCK_F,
+            )  # fmt: skip
+
+
+@triton.jit
+def _sum_segment(
+    p_x, p_indices, i_first, i_end, o_u, m_u, stride_x, CONTAINER: tl.constexpr, LANES: tl.constexpr, FIELDS: tl.constexpr,
+    FIELD: tl.constexpr, MASK: tl.constexpr, FLIP: tl.constexpr, BIAS: tl.constexpr, FLUSH: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_F: tl.constexpr,
+):  # fmt: skip
+    """Sum of the codes over the edges of a segment, int32 ``[1, BLOCK_F]``."""
+    b_sums = tl.zeros((BLOCK_E, BLOCK_F), tl.int32)
+    for i_part in range(i_first, i_end, BLOCK_E * FLUSH):
+        b_lanes = tl.zeros((BLOCK_E, BLOCK_F // FIELDS), tl.int32)
+        for i_edge in range(i_part, tl.minimum(i_part + BLOCK_E * FLUSH, i_end), BLOCK_E):
+            b_edge = i_edge + tl.arange(0, BLOCK_E)
+            b_lanes += _lanes(p_x, p_indices, b_edge, b_edge < i_end, o_u, m_u, stride_x, CONTAINER, LANES, MASK, FLIP)
+        b_sums += _split(b_lanes, FIELD, FIELDS, (1 << FIELD) - 1)
+    return _ordered(tl.sum(b_sums, axis=0)[None, :], LANES, FIELDS) - BIAS * (i_end - i_first).to(tl.int32)
+
+
+@triton.jit
+def _sum_narrow(
+    p_x, p_indices, b_first, b_degree, o_u, m_u, stride_x, CONTAINER: tl.constexpr, LANES: tl.constexpr, FIELDS: tl.constexpr, FIELD: tl.constexpr,
+    MASK: tl.constexpr, FLIP: tl.constexpr, BIAS: tl.constexpr, FLUSH: tl.constexpr, UNROLL: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr,
+):  # fmt: skip
+    """Sums of the codes over the edges of each row of a narrow tile, int32 ``[BLOCK_R, BLOCK_F]``."""
+    b_sums = tl.zeros((BLOCK_R, BLOCK_F), tl.int32)
+    longest = tl.max(b_degree, axis=0)
+    for i_part in range(0, longest, FLUSH):
+        b_lanes = tl.zeros((BLOCK_R, BLOCK_F // FIELDS), tl.int32)
+        for k in range(i_part, tl.minimum(i_part + FLUSH, longest), UNROLL):
+            for u in tl.static_range(UNROLL):
+                b_lanes += _lanes(p_x, p_indices, b_first + (k + u), k + u < b_degree, o_u, m_u, stride_x, CONTAINER, LANES, MASK, FLIP)
+        b_sums += _split(b_lanes, FIELD, FIELDS, (1 << FIELD) - 1)
+    return _ordered(b_sums, LANES, FIELDS) - BIAS * b_degree[:, None]
+
+
+@triton.jit(do_not_specialize=["R", "S", "size", *LAYOUT_FIRSTS])
+def _aggregate_packed_kernel(
+    p_out,  # int32 or float32 [N, F], or packed rows
+    p_slots,  # [slots, F] int32
+    p_arrived,  # [H, blocks] int32
+    p_indptr, p_indices, p_order, p_segments, p_hubs,  # [N + 1], [E], [R], [S, 5], [H, 3]
+    p_x,  # [M, stride_x], bytes or words
+    p_row_scale, p_col_scale, p_bias,  # [N], [F], [F]
+    p_step, p_bits, p_pos,  # [N], of the packed output
+    R, S, F, size, stride_x,
+    first_4, first_2, first_1, first_0, start_4, start_2, start_1, stride_8, stride_4, stride_2, stride_1,
+    CONTAINER: tl.constexpr, LANES: tl.constexpr, FIELDS: tl.constexpr, FIELD: tl.constexpr, MASK: tl.constexpr, FLIP: tl.constexpr,
+    BIAS: tl.constexpr, FLUSH: tl.constexpr, OUTPUT: tl.constexpr, OUT_CONTAINER: tl.constexpr, OUT_SIGNED: tl.constexpr, TAILS: tl.constexpr,
+    RELU: tl.constexpr, UNROLL: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_F: tl.constexpr,
+):  # fmt: skip
+    """out[i] = epilogue(sum over the edges e of row i of code[indices[e]]) (A2Q proofs 2 and 3)."""
+    i_tile, i_f = tl.program_id(0), tl.program_id(1)
+    o_f = i_f * BLOCK_F + tl.arange(0, BLOCK_F)
+    m_f = o_f < F
+    BLOCK_U: tl.constexpr = BLOCK_F // (LANES * FIELDS)
+    o_u = i_f * BLOCK_U + tl.arange(0, BLOCK_U)
+    m_u = o_u < stride_x
+    if TAILS:
+        if (i_tile == 0) & (i_f == 0):
+            _clear_tails(p_out, size, first_4, first_2, first_1, first_0, start_4, start_2, start_1, stride_8, stride_4, stride_2, stride_1)
+    if i_tile < S:
+        i_row, i_first, i_end, i_slot, i_hub = _segment(p_segments, i_tile)
+        b_sum = _sum_segment(
+            p_x, p_indices, i_first, i_end, o_u, m_u, stride_x, CONTAINER, LANES, FIELDS, FIELD, MASK, FLIP, BIAS, FLUSH, BLOCK_E, BLOCK_F
+        )
+        complete = i_slot < 0
+        if i_slot >= 0:
+            _store_slot(p_slots, i_slot, b_sum, o_f, m_f, F)
+            complete, i_from, i_to = _last_to_arrive(p_arrived, p_hubs, i_hub)
+            if complete:
+                b_sum = _sum_of_slots(p_slots, i_from, i_to, tl.zeros((1, BLOCK_F), tl.int32), o_f, m_f, F)
+        if complete:
+            b_own = i_row + tl.zeros((1,), tl.int64)
+            _store_tile(
+                p_out, p_row_scale, p_col_scale, p_bias, p_step, p_bits, p_pos, b_sum, b_own, b_own >= 0, o_f, m_f, F,
+                first_4, first_2, first_1, first_0, start_4, start_2, start_1, stride_8, stride_4, stride_2, stride_1,
+                OUTPUT, OUT_CONTAINER, OUT_SIGNED, RELU, BLOCK_F,
+            )  # fmt: skip
+    else:
+        b_row, m_row, b_first, b_degree = _narrow_rows(p_order, p_indptr, i_tile - S, R, BLOCK_R)
+        b_acc = _sum_narrow(
+            p_x, p_indices, b_first, b_degree, o_u, m_u, stride_x, CONTAINER, LANES, FIELDS, FIELD, MASK, FLIP, BIAS, FLUSH, UNROLL, BLOCK_R, BLOCK_F
+        )
+        _store_tile(
+            p_out, p_row_scale, p_col_scale, p_bias, p_step, p_bits, p_pos, b_acc, b_row, m_row, o_f, m_f, F,
+            first_4, first_2, first_1, first_0, start_4, start_2, start_1, stride_8, stride_4, stride_2, stride_1,
+            OUTPUT, OUT_CONTAINER, OUT_SIGNED, RELU, BLOCK_F,
+        )  # fmt: skip
+
+
+def aggregate_packed(
+    indptr: Tensor, indices: Tensor, schedule: Sequence[Tensor], x: Tensor, container: int, sources: int, features: int, signed: bool,
+    output: str, row_scale: Tensor | None, col_scale: Tensor | None, bias: Tensor | None, relu: bool, out_step: Tensor | None, out_bits: Tensor | None,
+    out_pos: Tensor | None, out_counts: Sequence[int], out_signed: bool,
+) -> Tensor:  # fmt: skip
+    packed, n = output == "packed", indptr.numel() - 1
+    if packed:
+        out = x.new_empty(bucket_starts(out_counts, features)[-1])
+    else:
+        out = x.new_empty((n, features), dtype=torch.int32 if output == "acc" else torch.float32)
+    if not out.numel():
+        return out
+    if container == 0:  # nothing is stored and every code is 0, which a row of no edges also gives
+        indptr, container, schedule = torch.zeros_like(indptr), 8, _no_edges(indptr)
+    stride = row_bytes(container, features)
+    words = stride % 16 == 0
+    order, segments, hubs = schedule
+    block_f = min(max(triton.next_power_of_2(features), 16), 128)
+    block_r, block_e = min(32, 4096 // block_f), min(64, 4096 // block_f)
+    blocks = triton.cdiv(padded_features(out_counts, features) if packed else features, block_f)
+    arrived, slots = workspace(schedule, features, blocks, [torch.int32])
+    layout = layout_arguments(out_counts if packed else [0] * 5, features)
+    _aggregate_packed_kernel[(segments.size(0) + triton.cdiv(order.numel(), block_r), blocks)](
+        p_out=out, p_slots=slots, p_arrived=arrived, p_indptr=indptr, p_indices=indices, p_order=order, p_segments=segments, p_hubs=hubs,
+        p_x=x.view(torch.int32) if words else x, p_row_scale=row_scale, p_col_scale=col_scale, p_bias=bias,
+        p_step=out_step, p_bits=out_bits, p_pos=out_pos, R=order.numel(), S=segments.size(0), F=features, size=out.numel(),
+        stride_x=stride // 4 if words else stride, **{name: value for name, value in layout.items() if name != "CONTAINER"},
+        **lane_constants(container, signed, 32 if words else 8), OUTPUT=output, OUT_CONTAINER=layout["CONTAINER"], OUT_SIGNED=out_signed,
+        TAILS=packed and has_tails(out_counts, features), RELU=relu, UNROLL=4, BLOCK_R=block_r, BLOCK_E=block_e, BLOCK_F=block_f,
+        num_warps=4, enable_fp_fusion=False,
+    )  # fmt: skip
+    return out
+
+
+def _no_edges(indptr: Tensor) -> list[Tensor]:
+    rows = torch.arange(indptr.numel() - 1, dtype=torch.int32, device=indptr.device)
+    return [rows, indptr.new_empty(0, 5), indptr.new_empty(0, 3)]
+
+
+def _case(name: str, x: str, container: int, unit: int, output: str, out: str, **changed: object) -> CompileCase:
+    constexprs: dict[str, object] = {
+        **lane_constants(container, True, unit), "OUTPUT": output, "OUT_CONTAINER": None, "OUT_SIGNED": True, "TAILS": False, "RELU": True,
+        "UNROLL": 4, "BLOCK_R": 32, "BLOCK_E": 32, "BLOCK_F": 128, **changed,
+    }  # fmt: skip
+    signature = {
+        **dict.fromkeys(["p_arrived", "p_indptr", "p_indices", "p_order", "p_segments", "p_hubs", "p_slots", "p_pos"], "*i32"),
+        **dict.fromkeys(["p_row_scale", "p_col_scale", "p_bias", "p_step"], "*fp32"), "p_bits": "*u8", "p_out": out, "p_x": x,
+        **dict.fromkeys(["R", "S", "size"], "i32"), "F": "i32:16", "stride_x": "i32:16", **LAYOUT_SIGNATURE,
+    }  # fmt: skip
+    signature = {argument: kind for argument, kind in signature.items() if argument not in constexprs}
+    return CompileCase(name, _aggregate_packed_kernel, signature, constexprs, {"num_warps": 4, "enable_fp_fusion": False})
+
+
+COMPILE_CASES = [
+    _case("aggregate_packed_8_acc", "*i32", 8, 32, "acc", "*i32"),
+    _case("aggregate_packed_4_float", "*i32", 4, 32, "float", "*fp32"),
+    _case("aggregate_packed_2_float", "*i32", 2, 32, "float", "*fp32"),
+    _case("aggregate_packed_1_float", "*i32", 1, 32, "float", "*fp32"),
+    _case("aggregate_packed_8_packed", "*i32", 8, 32, "packed", "*u8"),
+    _case("aggregate_packed_4_packed", "*i32", 4, 32, "packed", "*u8"),
+    _case("aggregate_packed_4_packed_uniform", "*i32", 4, 32, "packed", "*u8", OUT_CONTAINER=4, p_pos=None),
+    _case("aggregate_packed_4_bytes_packed", "*u8", 4, 8, "packed", "*u8", BLOCK_F=16, BLOCK_E=64, TAILS=True, stride_x=8),
+]

@@ -1,0 +1,259 @@
+"""The command line. Exit codes: 0 done, 1 a run failed, 2 bad input (one line on stderr says what), 130 interrupted."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from rich.console import Console
+    from rich.table import Table
+
+# torch takes seconds to import, so that every command imports what it needs by itself: --help is quick.
+
+app = typer.Typer(
+    name="qgnn",
+    help="Quantized graph neural networks: train them, and see what runs here.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+JsonOption = Annotated[str | None, typer.Option("--json", metavar="F", help="Write JSON to this file; - is stdout.")]
+
+
+def main() -> None:
+    """Entry point of ``qgnn``."""
+    app()
+
+
+def _stop(message: object, code: int) -> NoReturn:
+    typer.echo(f"qgnn: {' '.join(str(message).split())}", err=True)
+    raise typer.Exit(code)
+
+
+@contextmanager
+def _one_line_errors(interrupted: Callable[[], str]) -> Iterator[None]:
+    """Errors as one line on stderr and an exit code; ``interrupted`` tells, after Ctrl-C, how to go on."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        _stop(error, 2)
+    except OSError as error:
+        _stop(error, 1)
+    except KeyboardInterrupt:
+        _stop(interrupted(), 130)
+
+
+def _console(json_to: str | None) -> Console:
+    """Where tables go: stdout, or stderr when JSON has stdout."""
+    from rich.console import Console
+
+    return Console(stderr=json_to == "-", highlight=False)
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str, int, int], None]]:
+    """A progress bar on stderr; none when that is not a terminal. Yields ``show(what, done, total)``."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
+        task = bar.add_task("", total=None)
+        shown = ""
+
+        def show(what: str, done: int, total: int) -> None:
+            nonlocal shown
+            if what != shown:
+                bar.reset(task)  # or the time remaining would be estimated from the task before
+                shown = what
+            bar.update(task, description=what, completed=done, total=total)
+
+        yield show
+
+
+class _JsonLines:
+    """Where --json sends records: each as soon as it is there. A file is replaced when the first one comes."""
+
+    def __init__(self, target: str | None) -> None:
+        self.target, self.started = target, False
+        if target not in (None, "-") and not Path(target).absolute().parent.is_dir():
+            raise ValueError(f"--json {target}: the folder does not exist; make it first")
+
+    def write(self, record: dict[str, Any]) -> None:
+        from .results import append, dumps
+
+        if self.target == "-":
+            typer.echo(dumps(record))
+        elif self.target is not None:
+            if not self.started:
+                Path(self.target).unlink(missing_ok=True)
+            append(self.target, record)
+        self.started = True
+
+
+# train
+
+_ROWS = (
+    ("test accuracy, %", "test_acc", ".2f"),
+    ("validation accuracy, %", "val_acc", ".2f"),
+    ("best over epochs (the papers' protocol), %", "test_acc_best_over_epochs", ".2f"),
+    ("average bits", "average_bits", ".2f"),
+    ("average bits, weighted by dimension", "average_bits_dim", ".2f"),
+    ("average bits, all feature maps", "average_bits_all", ".2f"),
+    ("compression of the feature maps", "compression", ".1f"),
+    ("bytes of the feature maps", "packed_bytes", ",.0f"),
+    ("bytes of the feature maps at FP32", "fp32_bytes", ",.0f"),
+    ("ms a training step", "train_step_ms", ".2f"),
+    ("peak memory, bytes", "peak_memory_bytes", ",.0f"),
+)
+
+
+def _table(summary: pd.DataFrame) -> Table:
+    """One column for each (dataset, model, scheme): mean ± sample standard deviation over seeds."""
+    from rich.table import Table
+
+    rows = summary.to_dict("records")
+    table = Table("mean ± standard deviation over seeds")
+    for row in rows:
+        table.add_column(f"{row['dataset']} {row['model']} {row['scheme']}", justify="right", no_wrap=True)
+    table.add_row("seeds", *(str(row["seeds"]) for row in rows))
+    for label, field, form in _ROWS:
+        cells = []
+        for row in rows:
+            mean, deviation = row[field], row[f"{field}_sd"]
+            cell = "" if mean != mean else f"{mean:{form}}"
+            cells.append(cell if deviation != deviation else f"{cell} ± {deviation:{form}}")
+        table.add_row(label, *cells)
+    return table
+
+
+def _folder(path: Path) -> Path:
+    try:
+        (path / "checkpoints").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--out {path}: the folder cannot be made ({error.strerror})") from error
+    return path
+
+
+@app.command(
+    epilog="Example: qgnn train --dataset Cora --scheme a2q --seeds 10 --out out/cora",
+    help="Train a model once per seed, and print means over seeds.",
+)
+def train(
+    dataset: Annotated[
+        str, typer.Option(help="Cora, CiteSeer, PubMed, digits, powerlaw:N,E or rmat:SCALE,EDGEFACTOR.")
+    ],
+    model: Annotated[str, typer.Option(help="gcn.")] = "gcn",
+    scheme: Annotated[str, typer.Option(help="fp32, int8, int4, dq-int8, dq-int4 or a2q.")] = "a2q",
+    seeds: Annotated[int, typer.Option(metavar="K", min=1, help="Seeds 0 to K-1, one run each.")] = 1,
+    data_root: Annotated[
+        Path | None, typer.Option(help="Folder of the data sets; else QGNN_DATA, else ./data.")
+    ] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Epochs; else the recipe's.")] = None,
+    hidden: Annotated[int | None, typer.Option(min=1, help="Width of the hidden layers; else the recipe's.")] = None,
+    json_to: JsonOption = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Keep results and checkpoints here; the same command resumes.")
+    ] = None,
+) -> None:
+    """Runs ``seeds`` trainings; finished ones that lie in ``out`` are not repeated."""
+    running = 0
+
+    def interrupted() -> str:
+        if out is None:
+            return (
+                f"interrupted at seed {running}; nothing was kept. With --out DIR, the same command again resumes there"
+            )
+        return f"interrupted at seed {running}; the same command again resumes there, from {out}"
+
+    with _one_line_errors(interrupted):
+        from .data import load
+        from .quant.scheme import parse
+        from .results import append, read, summary
+        from .train import TrainingError
+        from .train import train as run_training
+
+        parse(scheme)
+        lines = _JsonLines(json_to)
+        loaded = load(dataset, data_root)
+        settings = {"dataset": loaded.name, "model": model, "scheme": scheme, "epochs": epochs, "hidden": hidden}
+        place = re.sub(r"[^\w.-]+", "-", "_".join(str(value) for value in settings.values()))
+        results = None if out is None else _folder(out) / "results.jsonl"
+        earlier = [] if results is None else read(results)
+        finished = {r.get("seed"): r for r in earlier if all(k in r and r[k] == v for k, v in settings.items())}
+        records = []
+        with _progress() as show:
+            for running in range(seeds):
+                record = finished.get(running)
+                if record is None:
+                    what = f"{loaded.name} {model} {scheme}, seed {running} of 0..{seeds - 1}"
+                    checkpoint = None if out is None else out / "checkpoints" / f"{place}_seed{running}"
+                    try:
+                        run = run_training(
+                            loaded, model, scheme, running, epochs=epochs, hidden=hidden, checkpoint=checkpoint,
+                            progress=lambda done, total, what=what: show(what, done, total),
+                        )  # fmt: skip
+                    except TrainingError as error:
+                        _stop(error, 1)
+                    record = {**run.record, **settings}
+                    if results is not None:
+                        append(results, record)
+                lines.write(record)
+                records.append(record)
+        _console(json_to).print(_table(summary(records)))
+
+
+# info
+
+
+def _info_tables(report: dict[str, Any]) -> Iterator[Table]:
+    from rich.table import Table
+
+    def pairs(title: str, values: dict[str, Any]) -> Table:
+        table = Table(title=title, title_justify="left", show_header=False)
+        for name, value in values.items():
+            table.add_row(name, "-" if value is None else str(value))
+        return table
+
+    yield pairs("Versions", report["versions"])
+    devices = dict(report["devices"])
+    gpus = devices.pop("gpus")
+    named = {f"GPU {i}": f"{gpu['name']}, {gpu['memory_bytes'] / 2**30:.0f} GiB" for i, gpu in enumerate(gpus)}
+    yield pairs("Devices", {**devices, **(named or {"GPU": None})})
+    backends = {b["name"]: f"{'yes' if b['available'] else 'no'}: {b['note']}" for b in report["backends"]}
+    yield pairs("Backends that run here", backends)
+    yield pairs("Environment variables", report["environment"])
+    yield pairs("Optional features", {f["purpose"]: f["install"] or "installed" for f in report["optional"]})
+
+
+@app.command(
+    epilog="Example: qgnn info --json -",
+    help="Print versions, devices, backends, environment variables, and how to install what is missing.",
+)
+def info(json_to: JsonOption = None) -> None:
+    """The environment report that an issue needs."""
+    with _one_line_errors(lambda: "interrupted"):
+        from .environment import report
+
+        found = report()
+        if json_to is not None:
+            text = json.dumps(found, indent=2)
+            if json_to == "-":
+                typer.echo(text)
+                return
+            try:
+                Path(json_to).write_text(f"{text}\n", encoding="utf-8")
+            except OSError as error:
+                raise ValueError(f"--json {json_to}: cannot be written ({error.strerror})") from error
+        for table in _info_tables(found):
+            _console(json_to).print(table)

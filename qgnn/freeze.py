@@ -1,0 +1,194 @@
+"""From a trained quantized model to packed integers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from .graph import Graph
+from .integer import FreezeReport, IntegerLayer, IntegerModel, LayerReport, LayerSpec
+from .kernels.packing import bucket_starts, container_of, uniform_counts
+from .nn import GCNConv, Linear
+from .qtensor import QTensor
+
+if TYPE_CHECKING:
+    from torch_geometric.data import Data
+
+_RELU: tuple[Callable[..., Any], ...] = (torch.relu, F.relu, Tensor.relu, torch.relu_, F.relu_, Tensor.relu_)
+_IDENTITY: tuple[Callable[..., Any], ...] = (F.dropout, torch.dropout, Tensor.contiguous, Tensor.float)
+_TAIL: dict[Callable[..., Any], str] = {
+    F.log_softmax: "log_softmax", torch.log_softmax: "log_softmax", Tensor.log_softmax: "log_softmax",
+    F.softmax: "softmax", torch.softmax: "softmax", Tensor.softmax: "softmax",
+}  # fmt: skip
+
+
+class _Recorder(TorchFunctionMode):
+    """Follows one tensor through a forward pass: layers by hooks, functions by interception. So plain Python forward code needs no tracing."""
+
+    def __init__(self, layers: dict[nn.Module, str]) -> None:
+        super().__init__()
+        self.layers, self.steps, self.inputs, self.outputs = layers, [], {}, {}  # type: ignore[var-annotated]
+        self.current: Tensor | None = None
+        self.inside = 0
+
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if self.inside or not isinstance(out, Tensor) or not any(a is self.current for a in args):
+            return out
+        if func in _IDENTITY:
+            if func in (F.dropout, torch.dropout) and out is not self.current and not torch.equal(out, self.current):
+                raise ValueError("freeze needs the model in eval mode; a dropout changed its input")
+        elif func in _RELU:
+            self.steps.append("relu")
+        elif func in _TAIL:
+            self.steps.append(_TAIL[func])
+        else:
+            raise ValueError(f"freeze cannot run {getattr(func, '__name__', func)} on integers; it takes chains of GCNConv, Linear, ReLU and dropout")
+        self.current = out
+        return out
+
+    def enter(self, layer: nn.Module, args: tuple[Any, ...]) -> None:
+        if self.inside == 0:
+            if self.current is not None and args[0] is not self.current:
+                raise ValueError(f"layer {self.layers[layer]} does not take the output of the layer before it; freeze takes chains, without skip connections")
+            if len(args) > 2 and args[2] is not None:
+                raise ValueError(f"layer {self.layers[layer]} uses edge weights; integer sums have none")
+            if layer in self.inputs:
+                raise ValueError(f"layer {self.layers[layer]} is used twice; freeze takes chains")
+            self.inputs[layer] = args[0]
+            self.steps.append(layer)
+        self.inside += 1
+
+    def leave(self, layer: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
+        self.inside -= 1
+        if self.inside == 0:
+            self.outputs[layer] = out
+            self.current = out
+
+
+def _record(model: nn.Module, x: Tensor, edge_index: Tensor | Graph) -> tuple[_Recorder, Tensor]:
+    layers = {m: name or "model" for name, m in model.named_modules() if isinstance(m, GCNConv | Linear)}
+    recorder = _Recorder(layers)
+    hooks = [m.register_forward_pre_hook(recorder.enter) for m in layers] + [m.register_forward_hook(recorder.leave) for m in layers]
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), recorder:
+            recorder.current = x
+            out = model(x, edge_index)
+    finally:
+        model.train(training)
+        for hook in hooks:
+            hook.remove()
+    if out is not recorder.current:
+        raise ValueError("the model's output is not that of its last layer; freeze takes chains of GCNConv, Linear, ReLU and dropout")
+    return recorder, out
+
+
+def _frozen_layer(layer: GCNConv | Linear, name: str, x: Tensor, relu: bool) -> IntegerLayer:
+    quantizer = layer.quantizer
+    if quantizer is None or not quantizer.enabled:
+        raise ValueError(f"layer {name} is not quantized; convert the model with a scheme other than fp32 and train it first")
+    weight = quantizer.weight_codes((layer.lin.weight if isinstance(layer, GCNConv) else layer.weight).detach())
+    codes = quantizer.input_codes(x)
+    binary = quantizer.kind == "binary"
+    tensors = {"weight": weight.data, "weight_step": weight.step.contiguous()}
+    if not binary:
+        tensors |= {"input_step": codes.step.contiguous(), "input_bits": codes.bits.contiguous()}
+    if layer.bias is not None:
+        tensors["bias"] = layer.bias.detach().float().clone()
+    operand_container, normalize, add_self_loops = 8, False, False
+    if isinstance(layer, GCNConv):
+        step, bits = quantizer.operand_codes()
+        tensors |= {"operand_step": step.contiguous(), "operand_bits": bits.contiguous()}
+        operand_container, normalize, add_self_loops = container_of(int(bits.max()), True), layer.normalize, layer.add_self_loops
+    spec = LayerSpec(
+        name, "gcn" if isinstance(layer, GCNConv) else "linear", layer.in_channels, layer.out_channels, weight.container, operand_container, binary,
+        codes.signed, codes.zero, relu, normalize, add_self_loops,
+    )  # fmt: skip
+    return IntegerLayer(spec, tensors)
+
+
+def freeze(model: nn.Module, data: Data) -> IntegerModel:
+    """The integer model of a trained quantized model: at most two kernel launches per GCN layer, on packed codes.
+
+    Args:
+        model: what :func:`qgnn.convert` made, trained; its ``forward(x, edge_index)`` is a chain of GCNConv, Linear, ReLU and dropout, and may end in a
+            softmax. It is not changed.
+        data: PyG data with ``x`` and ``edge_index``; they stay bound, so that ``frozen()`` runs on them. Steps and widths per node belong to them.
+
+    Returns:
+        The integer model; ``frozen.report`` compares it with the fake-quantized model on ``data``.
+
+    Raises:
+        ValueError: a layer that is not quantized, a function that integers cannot run, edge weights, skip connections, NaN or infinity.
+    """
+    x, edge_index = data.x, data.edge_index
+    if not isinstance(x, Tensor) or not isinstance(edge_index, Tensor | Graph):
+        raise ValueError("freeze needs data with x and edge_index")
+    if getattr(data, "edge_weight", None) is not None:
+        raise ValueError("data has edge weights; integer sums have none")
+    recorder, reference = _record(model, x, edge_index)
+    layers, tail = [], []
+    for position, step in enumerate(recorder.steps):
+        if isinstance(step, str):
+            if not layers:
+                raise ValueError(f"the model applies {step} before its first layer; apply it to the data instead")
+            if step != "relu":
+                tail.append(step)
+            elif position and isinstance(recorder.steps[position - 1], str):
+                raise ValueError("the model applies a function between a layer and its ReLU; freeze takes layer, ReLU, dropout in this order")
+            continue
+        if tail:
+            raise ValueError(f"the model applies {tail[0]} between layers; integers run only ReLU there")
+        relu = recorder.steps[position + 1 : position + 2] == ["relu"]
+        layers.append(_frozen_layer(step, recorder.layers[step], recorder.inputs[step], relu))
+    if not layers:
+        raise ValueError("the model has no GCNConv or Linear of qgnn; convert it first")
+    frozen = IntegerModel(layers, tail).bind(x, edge_index)
+    frozen.report = _report(frozen, recorder, reference)
+    return frozen
+
+
+@torch.no_grad()
+def _report(frozen: IntegerModel, recorder: _Recorder, reference: Tensor) -> FreezeReport:
+    states, out = frozen.trace(), frozen()
+    records = []
+    for layer, launches, state, x in zip(frozen.chain, frozen.launches(), states, recorder.inputs.values(), strict=False):
+        assert isinstance(state, QTensor) and frozen.bound is not None
+        expected = layer.pack_input(x, layer.place(frozen.bound.graph).rows)
+        nodes, spec = state.shape[0], layer.spec
+        operand = bucket_starts(uniform_counts(nodes, spec.operand_container), spec.out_channels)[-1] if spec.kind == "gcn" else 0
+        records.append(
+            LayerReport(
+                name=spec.name,
+                kind=spec.kind,
+                average_bits=float(state.bits.float().mean()),
+                launches=launches,
+                code_bytes=state.code_nbytes,
+                input_fp32_bytes=4 * nodes * spec.in_channels,
+                step_bytes=state.nbytes - state.code_nbytes,
+                operand_bytes=operand,
+                operand_fp32_bytes=4 * nodes * spec.out_channels if spec.kind == "gcn" else 0,
+                weight_bytes=layer.weight.numel(),
+                weight_step_bytes=4 * layer.weight_step.numel(),
+                weight_fp32_bytes=4 * spec.in_channels * spec.out_channels,
+                differing_codes=int((state.codes() != expected.codes()).sum()),
+            )
+        )
+    difference = float((out - reference).abs().max()) if out.numel() else 0.0
+    largest = float(reference.abs().max()) if out.numel() else 0.0
+    return FreezeReport(
+        layers=records,
+        max_difference=difference,
+        max_relative=difference / largest if largest else 0.0,
+        mismatched_predictions=int((out.argmax(-1) != reference.argmax(-1)).sum()),
+        ties=sum(r.differing_codes for r in records),
+        packed_bytes=sum(r.code_bytes + r.operand_bytes for r in records),
+        fp32_bytes=sum(r.input_fp32_bytes + r.operand_fp32_bytes for r in records),
+    )

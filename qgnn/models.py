@@ -1,0 +1,49 @@
+"""Models as the papers train them, made of :mod:`qgnn.nn` layers."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .nn import GCNConv
+
+
+class GCN(torch.nn.Module):
+    """Graph convolutional network: dropout, then ``GCNConv`` and ReLU, layer by layer; the last layer gives the logits.
+
+    Args:
+        in_channels, hidden, out_channels: features of a node, of the maps between layers, and classes.
+        num_layers: number of ``GCNConv`` layers, at least 1.
+        dropout: chance that an input of a layer is set to zero in training.
+        scheme: how it is quantized, see :mod:`qgnn.quant.scheme`.
+        num_nodes: nodes of the graph; schemes that learn a step and a width for every node (``"a2q"``) need it.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        hidden: int,
+        out_channels: int,
+        num_layers: int = 2,
+        dropout: float = 0.5,
+        scheme: str = "fp32",
+        num_nodes: int | None = None,
+    ) -> None:
+        super().__init__()
+        if num_layers < 1:
+            raise ValueError(f"num_layers must be at least 1, got {num_layers}")
+        sizes = [in_channels, *[hidden] * (num_layers - 1), out_channels]
+        self.dropout = dropout
+        self.convs = torch.nn.ModuleList(
+            GCNConv(sizes[i], sizes[i + 1], scheme=scheme, num_nodes=num_nodes) for i in range(num_layers)
+        )
+
+    def forward(self, x: Tensor, edge_index: Tensor) -> Tensor:
+        """``x`` ``[N, in_channels]`` and ``edge_index`` ``[2, E]`` -> logits ``[N, out_channels]``."""
+        for i, conv in enumerate(self.convs):
+            if i:
+                x = F.relu(x)
+            x = F.dropout(x, p=self.dropout, training=self.training)
+            x = conv(x, edge_index)
+        return x

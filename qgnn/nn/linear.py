@@ -1,0 +1,85 @@
+"""Linear layer with PyG's signature."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from ..quant import FeatureMap, Scheme, layer_quantizer, parse
+
+INITIALIZERS = ("glorot", "uniform", "kaiming_uniform", "zeros")
+
+
+def _initialize(tensor: Tensor, name: str | None, fan_in: int, default: str) -> None:
+    name = name or default
+    bound = {
+        "glorot": math.sqrt(6.0 / max(sum(tensor.shape[-2:]), 1)),
+        "uniform": 1.0 / math.sqrt(max(fan_in, 1)),
+        "kaiming_uniform": math.sqrt(6.0 / ((1 + 5) * max(fan_in, 1))),
+        "zeros": 0.0,
+    }
+    if name not in bound:
+        raise ValueError(f"initializer must be one of {INITIALIZERS}, got {name!r}")
+    nn.init.uniform_(tensor, -bound[name], bound[name])
+
+
+def check_channels(in_channels: int, out_channels: int) -> None:
+    """Raises ValueError unless both sizes are known."""
+    if in_channels < 1 or out_channels < 1:
+        raise ValueError(f"in_channels and out_channels must be at least 1, got {in_channels} and {out_channels}; lazy sizes (-1) cannot be quantized")
+
+
+class Linear(nn.Module):
+    """``x @ weight.T + bias`` with quantized input and weight.
+
+    Args:
+        in_channels, out_channels: sizes; PyG's lazy ``-1`` is not supported.
+        bias: whether to add a learned bias.
+        weight_initializer, bias_initializer: "glorot", "uniform", "kaiming_uniform", "zeros" or None (kaiming_uniform and uniform), as in PyG.
+        scheme: a scheme name (:mod:`qgnn.quant.scheme`).
+        num_nodes: rows of the input; needed by "a2q".
+
+    Shapes: ``[N, in_channels]`` -> ``[N, out_channels]``. State-dict keys ``weight`` ``[out, in]`` and ``bias``, as PyG's; those of the quantizer
+    start with ``quantizer.``.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        bias: bool = True,
+        weight_initializer: str | None = None,
+        bias_initializer: str | None = None,
+        *,
+        scheme: str | Scheme = "fp32",
+        num_nodes: int | None = None,
+    ) -> None:
+        super().__init__()
+        check_channels(in_channels, out_channels)
+        self.in_channels, self.out_channels = in_channels, out_channels
+        self.weight_initializer, self.bias_initializer = weight_initializer, bias_initializer
+        self.weight = nn.Parameter(torch.empty(out_channels, in_channels))
+        self.bias = nn.Parameter(torch.empty(out_channels)) if bias else None
+        self.scheme = parse(scheme)
+        self.quantizer = layer_quantizer(self.scheme, in_channels, out_channels, num_nodes)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        _initialize(self.weight, self.weight_initializer, self.in_channels, "kaiming_uniform")
+        if self.bias is not None:
+            _initialize(self.bias, self.bias_initializer, self.in_channels, "uniform")
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = x @ self.weight.t() if self.quantizer is None else self.quantizer.linear(x, self.weight, None)
+        return out if self.bias is None else out + self.bias
+
+    def feature_maps(self, name: str, nodes: int) -> list[FeatureMap]:
+        """The maps of this layer, for :func:`qgnn.quant.feature_maps`."""
+        if self.quantizer is None:
+            return [FeatureMap(f"{name}.input", self.in_channels, nodes, 32, "input", False)]
+        return self.quantizer.feature_maps(name, nodes, aggregates=False)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_channels}, {self.out_channels}, bias={self.bias is not None}, scheme={self.scheme.name!r}"

@@ -1,0 +1,129 @@
+"""A2Q: a learned step and width per node (A2Q sec. 3; NUMERICS 1 to 3)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..kernels.quantize import largest_code
+from ..qtensor import QTensor, rounded_bits
+from .base import InputCodes, LayerQuantizer, row_binary_codes
+from .scheme import Scheme
+
+SMALLEST_STEP = 1e-8
+"""Lower limit of steps taken from data, for rows or columns that are all zero."""
+
+PENALTIES = ("square", "relu")
+
+
+def steps_from_max(values: Tensor, bits: Tensor, signed: bool, dim: int) -> Tensor:
+    """Steps whose largest code reaches the largest magnitude along ``dim``: ``max |x| / Q``."""
+    q = largest_code(rounded_bits(bits), signed).clamp_min(1)
+    top = values.abs().amax(dim) if values.numel() else values.new_zeros(values.size(1 - dim))
+    return (top / q).clamp_min(SMALLEST_STEP)
+
+
+def steps_by_error(values: Tensor, bits: Tensor, signed: bool, candidates: int = 40) -> Tensor:
+    """Steps that minimise each row's squared quantization error, searched between 1/candidates and 1 of :func:`steps_from_max`."""
+    widths = rounded_bits(bits)
+    full = steps_from_max(values, bits, signed, 1)
+    best, best_error = full, torch.full_like(full, torch.inf)
+    for k in range(1, candidates + 1):
+        step = full * (k / candidates)
+        error = (ops.fake_quantize(values, step, widths.float(), signed=signed) - values).square().sum(1)
+        better = error < best_error
+        best, best_error = torch.where(better, step, best), torch.where(better, error, best_error)
+    return best
+
+
+class A2QQuantizer(LayerQuantizer):
+    """Input: step and width per node, local gradient. Weight: 4 bits, a step per output. Operand of the aggregation: 4 bits, a step per column.
+
+    Steps are kept positive by learning their logarithm. They are set from the first batch that is seen while ``enabled``.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, scheme: Scheme, num_nodes: int, initial_bits: float = 4.0) -> None:
+        super().__init__(in_channels, out_channels, scheme)
+        self.bits = nn.Parameter(torch.full((num_nodes,), initial_bits))
+        self.log_step = nn.Parameter(torch.zeros(num_nodes))
+        self.log_weight_step = nn.Parameter(torch.zeros(out_channels))
+        self.log_operand_step = nn.Parameter(torch.zeros(out_channels))
+        self.register_buffer("fixed_bits", torch.tensor(float(scheme.bits)), persistent=False)
+        self.fixed_bits: Tensor
+        self.operand_ready = False
+
+    def get_extra_state(self) -> dict[str, object]:
+        return {**super().get_extra_state(), "operand_ready": self.operand_ready}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        super().set_extra_state(state)
+        self.operand_ready = state["operand_ready"]
+
+    def linear(self, x: Tensor, weight: Tensor, protect: Tensor | None) -> Tensor:
+        if not self.enabled:
+            return x @ weight.t()
+        if x.size(0) != self.bits.numel():
+            raise ValueError(f"this layer has steps for {self.bits.numel()} nodes and got {x.size(0)}; node-level A2Q is tied to its graph: convert with num_nodes={x.size(0)}")
+        if self.see_input(x):
+            self._start(x, weight)
+        weight_q = ops.fake_quantize(weight, self.log_weight_step.exp(), self.fixed_bits)
+        if self.kind == "binary":
+            return x @ weight_q.t()
+        return ops.quantized_linear(x, weight_q.t(), self.log_step.exp(), self.bits, signed=self.kind == "signed", ste=self.scheme.ste)
+
+    @torch.no_grad()
+    def _start(self, x: Tensor, weight: Tensor) -> None:
+        self.log_weight_step.copy_(steps_from_max(weight, self.fixed_bits, True, 1).log())
+        if self.kind != "binary":
+            self.log_step.copy_(steps_by_error(x, self.bits, self.kind == "signed").log())
+
+    def operand(self, h: Tensor, protect: Tensor | None) -> Tensor:
+        if not self.enabled:
+            return h
+        if not self.operand_ready:
+            with torch.no_grad():
+                self.log_operand_step.copy_(steps_from_max(h, self.fixed_bits, True, 0).log())
+            self.operand_ready = True
+        return ops.fake_quantize(h, self.log_operand_step.exp(), self.fixed_bits, axis="col", gradient="local", ste=self.scheme.ste)
+
+    @torch.no_grad()
+    def input_codes(self, x: Tensor | None) -> InputCodes:
+        if self.kind == "binary":
+            if x is None:
+                raise ValueError("freezing a layer with a 0/1 input needs that input; pass data to freeze")
+            return row_binary_codes(x)
+        return InputCodes(self.log_step.exp(), rounded_bits(self.bits), self.kind == "signed")
+
+    @torch.no_grad()
+    def weight_codes(self, weight: Tensor) -> QTensor:
+        return QTensor.quantize(weight, self.log_weight_step.exp(), self.fixed_bits)
+
+    @torch.no_grad()
+    def operand_codes(self) -> tuple[Tensor, Tensor]:
+        return self.log_operand_step.exp(), rounded_bits(self.fixed_bits.expand(self.out_channels))
+
+    def input_bits(self) -> Tensor | int:
+        return rounded_bits(self.bits) if self.enabled else 32
+
+
+def learned_layers(model: nn.Module) -> Iterable[A2QQuantizer]:
+    """The quantizers whose widths are learned: those of every A2Q layer with a quantized input."""
+    return (m for m in model.modules() if isinstance(m, A2QQuantizer) and m.enabled and m.kind in ("signed", "unsigned"))
+
+
+def memory_kb(model: nn.Module) -> Tensor:
+    """Memory of the learned feature maps in KB, differentiable in the widths (A2Q eq. 5): ``sum_l sum_i dim_l * b_i^l / (8 * 1024)``."""
+    sizes = [q.in_channels * q.bits.sum() for q in learned_layers(model)]
+    return torch.stack(sizes).sum() / (8 * 1024) if sizes else torch.zeros(())
+
+
+def memory_penalty(model: nn.Module, target_kb: float, penalty: Literal["square", "relu"] = "square") -> Tensor:
+    """``(memory - target)^2`` (A2Q eq. 5), in KB^2; with ``penalty="relu"`` only the excess over the target is squared."""
+    if penalty not in PENALTIES:
+        raise ValueError(f"penalty must be one of {PENALTIES}, got {penalty!r}")
+    excess = memory_kb(model) - target_kb
+    return (excess.clamp_min(0) if penalty == "relu" else excess).square()

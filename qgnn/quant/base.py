@@ -1,0 +1,144 @@
+"""What a layer asks of its quantizer, and what freezing reads from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..graph import Graph
+from ..qtensor import QTensor
+from .scheme import Scheme
+
+
+@dataclass(frozen=True)
+class FeatureMap:
+    """One feature map that the kernels read: the input of a layer, or the operand of its aggregation.
+
+    Attributes:
+        name: the layer and the role, "convs.1.input".
+        dim, nodes: its shape is ``[nodes, dim]``.
+        bits: width of every node, or one number for all.
+        role: "input" or "operand".
+        quantized: False for a map kept at 32 bits, or exact at 1 bit because its values are 0 and one constant per row.
+        learned: True when the widths are learned.
+    """
+
+    name: str
+    dim: int
+    nodes: int
+    bits: Tensor | int
+    role: str
+    quantized: bool
+    learned: bool = False
+
+    def mean_bits(self) -> float:
+        """Mean width over the nodes."""
+        return float(self.bits.float().mean()) if isinstance(self.bits, Tensor) else float(self.bits)
+
+
+@dataclass(frozen=True)
+class InputCodes:
+    """How the integer model turns a layer's float input into codes: ``value = step * (code - zero)``.
+
+    Attributes:
+        step: float32 ``[N]``, or one element for all nodes.
+        bits: uint8, shaped like ``step``.
+        signed, zero: as in :class:`qgnn.QTensor`; a zero point comes with unsigned codes and rounding half to even.
+    """
+
+    step: Tensor
+    bits: Tensor
+    signed: bool
+    zero: int = 0
+
+
+def is_row_binary(x: Tensor) -> bool:
+    """Whether every row of ``x`` holds only 0 and one positive constant, so that 1 bit a value and a step per row represent it exactly."""
+    top = x.amax(1, keepdim=True) if x.size(1) else x.new_zeros(x.size(0), 1)
+    return bool(((x == 0) | (x == top)).all()) and bool((x >= 0).all()) and bool((top > 0).any())
+
+
+def row_binary_codes(x: Tensor) -> InputCodes:
+    """The exact 1-bit representation of a row-binary ``x``.
+
+    Raises:
+        ValueError: ``x`` is not row-binary; the first bad row is named.
+    """
+    top = x.amax(1)
+    bad = ~((x == 0) | (x == top.unsqueeze(1))).all(1) | (top < 0)
+    if bool(bad.any()):
+        raise ValueError(
+            f"row {int(bad.nonzero()[0, 0])} of the input has several nonzero values, but the model was trained on rows of 0 and one constant; "
+            "train it on inputs like these"
+        )
+    step = torch.where(top > 0, top, torch.ones_like(top)).float()
+    return InputCodes(step, torch.ones(x.size(0), dtype=torch.uint8, device=x.device), False)
+
+
+class LayerQuantizer(nn.Module):
+    """Quantizes the three tensors that a layer moves: its input, its weight, and the operand of its aggregation.
+
+    ``kind`` says how the input is represented: "new" before the first batch; "binary" when its rows hold 0 and one constant and 1 bit is exact,
+    "unsigned" or "signed" otherwise. It is found from the first batch, and stored with the state dict. While ``enabled`` is False the layer
+    computes in float32 (warm-up).
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, scheme: Scheme) -> None:
+        super().__init__()
+        self.in_channels, self.out_channels, self.scheme = in_channels, out_channels, scheme
+        self.kind = "new"
+        self.enabled = True
+
+    def get_extra_state(self) -> dict[str, object]:
+        return {"kind": self.kind}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        self.kind = state["kind"]
+
+    def see_input(self, x: Tensor) -> bool:
+        """Finds ``kind`` from the first batch; returns whether this was it."""
+        if self.kind != "new":
+            return False
+        self.kind = "binary" if is_row_binary(x) else "signed" if bool((x < 0).any()) else "unsigned"
+        return True
+
+    def begin(self, graph: Graph | None) -> Tensor | None:
+        """Called first in every forward pass. Returns the protective mask of the pass (bool ``[N]``), or None."""
+        return None
+
+    def linear(self, x: Tensor, weight: Tensor, protect: Tensor | None) -> Tensor:
+        """``x @ weight.T`` on quantized values: ``x`` ``[N, in]``, ``weight`` ``[out, in]``."""
+        raise NotImplementedError
+
+    def operand(self, h: Tensor, protect: Tensor | None) -> Tensor:
+        """The quantized operand of the aggregation, ``[N, out]``."""
+        raise NotImplementedError
+
+    def input_codes(self, x: Tensor | None) -> InputCodes:
+        """How the integer model codes the input. ``x``, an example, is needed for a "binary" one only."""
+        raise NotImplementedError
+
+    def weight_codes(self, weight: Tensor) -> QTensor:
+        """The weight ``[out, in]`` as codes with a step per output (axis "row")."""
+        raise NotImplementedError
+
+    def operand_codes(self) -> tuple[Tensor, Tensor]:
+        """Step (float32) and width (uint8) of every column of the operand, ``[out]``."""
+        raise NotImplementedError
+
+    def input_bits(self) -> Tensor | int:
+        """Width of the input, per node or one number (32 while it is not quantized)."""
+        raise NotImplementedError
+
+    def feature_maps(self, name: str, nodes: int, aggregates: bool) -> list[FeatureMap]:
+        """The maps of this layer, for the bookkeeping of NUMERICS 3."""
+        bits, binary = self.input_bits(), self.kind == "binary"
+        learned = isinstance(bits, Tensor) and not binary
+        maps = [FeatureMap(f"{name}.input", self.in_channels, nodes, 1 if binary else bits, "input", self.enabled and not binary, learned)]
+        if aggregates:
+            width = self.scheme.bits if self.enabled else 32
+            maps.append(FeatureMap(f"{name}.operand", self.out_channels, nodes, width, "operand", self.enabled))
+        return maps

@@ -1,0 +1,55 @@
+"""Degree-Quant: nodes of high in-degree are protected from quantization at random while training (DQ algorithm 1, sec. 3.2; NUMERICS 5)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..graph import Graph
+from .qat import QATQuantizer
+
+
+def protection_probability(in_degree: Tensor, p_min: float, p_max: float, batch: Tensor | None = None) -> Tensor:
+    """Probability of protection of every node.
+
+    Interpolates between ``p_min`` (the lowest in-degree) and ``p_max`` (the highest) by the rank of the in-degree in its graph: the share of
+    nodes with a smaller in-degree. Nodes of equal in-degree get equal probabilities; where all are equal, ``p_max``.
+
+    Args:
+        in_degree: int64 ``[N]``.
+        p_min, p_max: 0 <= p_min <= p_max <= 1.
+        batch: int64 ``[N]``, the graph of every node, for several graphs at once; ranks are taken within each.
+
+    Returns:
+        float32 ``[N]``.
+    """
+    if not 0 <= p_min <= p_max <= 1:
+        raise ValueError(f"protection needs 0 <= p_min <= p_max <= 1, got {p_min} and {p_max}")
+    n = in_degree.numel()
+    if n == 0:
+        return in_degree.new_empty(0, dtype=torch.float32)
+    graph = torch.zeros_like(in_degree) if batch is None else batch
+    key = graph * (int(in_degree.max()) + 1) + in_degree
+    ordered, _ = torch.sort(key)
+    graphs = int(graph.max()) + 1
+    size = torch.bincount(graph, minlength=graphs)
+    first = torch.cumsum(size, 0) - size
+    below = torch.searchsorted(ordered, key) - first[graph]
+    highest = torch.zeros(graphs, dtype=below.dtype, device=below.device).scatter_reduce(0, graph, below, "amax")[graph]
+    share = torch.where(highest > 0, below / highest.clamp_min(1), torch.ones_like(below, dtype=torch.float32))
+    return p_min + (p_max - p_min) * share.to(torch.float32)
+
+
+class DegreeQuantQuantizer(QATQuantizer):
+    """QAT whose protected nodes skip the quantization of their input and of their messages; weights are always quantized.
+
+    The mask is drawn anew in every layer and training step; at evaluation nothing is protected.
+    """
+
+    def begin(self, graph: Graph | None) -> Tensor | None:
+        if not (self.training and self.enabled) or graph is None:
+            return None
+        key = ("protection", self.scheme.p_min, self.scheme.p_max)
+        if key not in graph.notes:
+            graph.notes[key] = protection_probability(graph.in_degree, self.scheme.p_min, self.scheme.p_max)
+        return torch.bernoulli(graph.notes[key]).bool()

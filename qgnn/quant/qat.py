@@ -1,0 +1,125 @@
+"""Quantization-aware training with per-tensor ranges: Degree-Quant's baselines and the base of Degree-Quant itself (DQ app. A.3; NUMERICS 5)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..qtensor import QTensor, rounded_bits
+from .base import InputCodes, LayerQuantizer, row_binary_codes
+from .scheme import Scheme
+
+MOMENTUM = 0.01
+"""``c`` of Degree-Quant's eq. 2."""
+
+
+def value_range(x: Tensor, percentile: float, sample: float) -> tuple[Tensor, Tensor]:
+    """Lowest and highest value of ``x`` after ``percentile`` of the values are clipped at each end (0: the extremes), both tensors of one
+    element. Percentiles look at a random ``sample`` (0 to 1] of the values."""
+    flat = x.detach().reshape(-1)
+    if percentile <= 0:
+        return flat.amin(), flat.amax()
+    if sample < 1:
+        flat = flat[torch.randint(flat.numel(), (max(1, int(flat.numel() * sample)),), device=flat.device)]
+    clip = int(flat.numel() * percentile)
+    return flat.kthvalue(clip + 1).values, flat.kthvalue(flat.numel() - clip).values
+
+
+class RangeQuantizer(nn.Module):
+    """Tracks the range of one tensor and quantizes the tensor with it. The range is widened to hold 0.
+
+    - affine (``symmetric=False``, NUMERICS 5): ``value = scale * (code - zero)``, codes 0 to ``2^bits - 1``, rounding half to even.
+    - symmetric (NUMERICS 1): the range ``[-m, m]``, ``step = m / Q``, codes ``-Q`` to ``Q``: what weights and the operand of an aggregation need to be
+      multiplied and summed as plain integers.
+    """
+
+    def __init__(self, scheme: Scheme, symmetric: bool) -> None:
+        super().__init__()
+        self.scheme, self.symmetric = scheme, symmetric
+        self.register_buffer("low", torch.tensor(torch.nan))
+        self.register_buffer("high", torch.tensor(torch.nan))
+        self.low: Tensor
+        self.high: Tensor
+
+    @torch.no_grad()
+    def observe(self, x: Tensor, protect: Tensor | None = None) -> None:
+        """Updates the range with the rows of ``x`` that are not protected (they count as 0, which every range holds)."""
+        if x.numel() == 0:
+            return
+        seen = x if protect is None else x.masked_fill(protect.unsqueeze(1), 0)
+        new_low, new_high = value_range(seen, self.scheme.percentile, self.scheme.sample)
+        for buffer, new, extreme in ((self.low, new_low, torch.minimum), (self.high, new_high, torch.maximum)):
+            old = torch.where(buffer.isnan(), new, buffer)
+            buffer.copy_(extreme(old, new) if self.scheme.observer == "minmax" else old + MOMENTUM * (new - old))
+
+    def step(self) -> Tensor:
+        """The step (float32, one element) of a symmetric quantizer, the scale of an affine one; 1 while the range is empty."""
+        low, high = self._range()
+        bits = self.scheme.bits
+        step = torch.maximum(-low, high) / (2 ** (bits - 1) - 1) if self.symmetric else (high - low) / (2**bits - 1)
+        return torch.where(step > 0, step, torch.ones_like(step)).reshape(1)
+
+    def zero(self) -> Tensor:
+        """The zero point (int32, one element) of an affine quantizer."""
+        return torch.round(-self._range()[0] / self.step()).clamp(0, 2**self.scheme.bits - 1).to(torch.int32)
+
+    def _range(self) -> tuple[Tensor, Tensor]:
+        return self.low.nan_to_num(0).clamp_max(0), self.high.nan_to_num(0).clamp_min(0)
+
+    def forward(self, x: Tensor, protect: Tensor | None = None) -> Tensor:
+        if self.training or bool(self.low.isnan()):
+            self.observe(x, protect)
+        if not self.symmetric:
+            return ops.fake_quantize_affine(x, self.step(), self.zero(), self.scheme.bits, protect=protect, ste=self.scheme.ste)
+        out = ops.fake_quantize(x, self.step(), float(self.scheme.bits), gradient="local", ste=self.scheme.ste)
+        return out if protect is None else torch.where(protect.unsqueeze(1), x, out)
+
+
+class QATQuantizer(LayerQuantizer):
+    """One range each for the input, the weight and the operand of the aggregation.
+
+    Every tensor that moves through memory is quantized once: the operand carries the right factor of the normalisation, the left one is applied
+    after the sum, and the output is quantized when the next layer reads it. So the trained model is the integer model. The last layer's
+    output stays in float, as Degree-Quant's app. A.5.1 advises.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, scheme: Scheme) -> None:
+        super().__init__(in_channels, out_channels, scheme)
+        self.input = RangeQuantizer(scheme, symmetric=False)
+        self.weight = RangeQuantizer(scheme, symmetric=True)
+        self.message = RangeQuantizer(scheme, symmetric=True)
+
+    def linear(self, x: Tensor, weight: Tensor, protect: Tensor | None) -> Tensor:
+        if not self.enabled:
+            return x @ weight.t()
+        self.see_input(x)
+        x_q = x if self.kind == "binary" else self.input(x, protect)
+        return x_q @ self.weight(weight).t()  # type: ignore[no-any-return]
+
+    def operand(self, h: Tensor, protect: Tensor | None) -> Tensor:
+        return self.message(h, protect) if self.enabled else h  # type: ignore[no-any-return]
+
+    @torch.no_grad()
+    def input_codes(self, x: Tensor | None) -> InputCodes:
+        if self.kind == "binary":
+            if x is None:
+                raise ValueError("freezing a layer with a 0/1 input needs that input; pass data to freeze")
+            return row_binary_codes(x)
+        scale = self.input.step()
+        return InputCodes(scale, self._width(scale), False, int(self.input.zero()))
+
+    @torch.no_grad()
+    def weight_codes(self, weight: Tensor) -> QTensor:
+        return QTensor.quantize(weight, self.weight.step(), float(self.scheme.bits))
+
+    @torch.no_grad()
+    def operand_codes(self) -> tuple[Tensor, Tensor]:
+        step = self.message.step().expand(self.out_channels).contiguous()
+        return step, self._width(step)
+
+    def _width(self, step: Tensor) -> Tensor:
+        return rounded_bits(torch.full_like(step, float(self.scheme.bits)))
+
+    def input_bits(self) -> Tensor | int:
+        return self.scheme.bits if self.enabled else 32

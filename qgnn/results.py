@@ -1,0 +1,111 @@
+"""Results of runs: one JSON object a line, appended so that a crash costs at most the line it interrupts.
+
+Fields of a training run (accuracies in percent):
+
+==========================  ======================================================================================================
+field                       meaning
+==========================  ======================================================================================================
+dataset, model, scheme      what was trained
+seed                        the run's seed
+best_epoch                  the epoch with the best validation accuracy
+val_acc, test_acc           accuracies at that epoch
+test_acc_best_over_epochs   the largest test accuracy of any epoch: the papers' protocol, which looks at the test set
+average_bits                mean over the quantized layers of the mean width over nodes
+average_bits_dim            the same, each feature map weighted by its dimension
+average_bits_all            every feature map counted, the unquantized ones as well
+compression                 bits of the feature maps at FP32 over their bits as quantized
+packed_bytes, fp32_bytes    bytes of the feature maps, as quantized and at FP32
+train_step_ms               time of a training step
+peak_memory_bytes           peak memory of a training step
+==========================  ======================================================================================================
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+log = logging.getLogger(__name__)
+
+KEYS = ("dataset", "model", "scheme")
+MEASURES = (
+    "test_acc",
+    "val_acc",
+    "test_acc_best_over_epochs",
+    "average_bits",
+    "average_bits_dim",
+    "average_bits_all",
+    "compression",
+    "packed_bytes",
+    "fp32_bytes",
+    "train_step_ms",
+    "peak_memory_bytes",
+)
+"""The fields that :func:`summary` averages."""
+
+
+def dumps(record: Mapping[str, Any]) -> str:
+    """The record as one line of JSON. NaN and infinity, which JSON does not have, become null."""
+    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+    return json.dumps(finite, allow_nan=False)
+
+
+def append(path: str | os.PathLike[str], record: Mapping[str, Any]) -> None:
+    """Adds a record as one line, written in one piece and synchronised to the disk. Missing folders are made.
+
+    Raises:
+        OSError: the file cannot be written, or the disk is full.
+    """
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    line = f"{dumps(record)}\n".encode()
+    file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
+    try:
+        size = os.fstat(file).st_size
+        if size and os.pread(file, 1, size - 1) != b"\n":  # an earlier line was cut off: keep it apart
+            line = b"\n" + line
+        if os.write(file, line) != len(line):
+            raise OSError(f"{path}: the record was written in part only; is the disk full?")
+        os.fsync(file)
+    finally:
+        os.close(file)
+
+
+def read(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """All records of a file, in order; none if there is no file. A line that is no record, such as one cut off by a crash, is left out
+    with a warning in the log."""
+    try:
+        lines = Path(path).read_bytes().split(b"\n")
+    except FileNotFoundError:
+        return []
+    records = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError:
+            record = None
+        if isinstance(record, dict):
+            records.append(record)
+        else:
+            log.warning("%s, line %d is not a complete record; it is left out", path, number)
+    return records
+
+
+def summary(records: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
+    """One row for each (dataset, model, scheme), in the order of their first records: ``seeds``, their number, and for each of
+    :data:`MEASURES` the mean and, as ``NAME_sd``, the sample standard deviation (NaN for one seed)."""
+    frame = pd.DataFrame([{k: r.get(k) for k in (*KEYS, *MEASURES)} for r in records], columns=[*KEYS, *MEASURES])
+    frame = frame.astype(dict.fromkeys(MEASURES, "float64"))
+    groups = frame.groupby(list(KEYS), sort=False)
+    table = groups[list(MEASURES)].agg(["mean", "std"])
+    table.columns = pd.Index([name if kind == "mean" else f"{name}_sd" for name, kind in table.columns])
+    table.insert(0, "seeds", groups.size())
+    return table.reset_index()
