@@ -1,10 +1,11 @@
 """Compiles every Triton kernel ahead of time, without a GPU, and reports what the compiler made of it.
 
-Each file of ``qgnn.kernels.gpu`` lists its kernels, with the types and block sizes they are launched with, in ``COMPILE_CASES``.
-What is reported for each of them and each target: registers a thread, bytes of stack (spills; 0 is wanted), bytes of shared
-memory, and the widest global load in bits (128 is wanted where rows are read).
+Each file of ``qgnn.kernels.gpu`` lists its kernels, with the types and block sizes they are launched with, in
+``COMPILE_CASES``. What is reported for each of them and each target: registers a thread, bytes of stack (spills; 0 is
+wanted), bytes of shared memory, and the widest global load in bits (128 is wanted where rows are read).
 
-Run it as ``python -m qgnn.perf.static``, and see ``--help``. TRITON_INTERPRET must not be set: the interpreter replaces the compiler.
+Run it as ``python -m qgnn.perf.static``, and see ``--help``. TRITON_INTERPRET must not be set: the interpreter replaces
+the compiler.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ def compile_kernel(case: Any, target: str) -> Any:
     missing = set(names) ^ (set(case.signature) | set(case.constexprs))
     if missing:
         raise ValueError(
-            f"compile case {case.name!r}: arguments that are missing, or that the kernel does not have: {sorted(missing)}"
+            f"compile case {case.name!r} lacks arguments, or has some that the kernel does not: {sorted(missing)}"
         )
     signature = {name: case.signature.get(name, "constexpr") for name in names}
     aligned = [i for i, name in enumerate(names) if signature[name].startswith("*") or signature[name].endswith(":16")]
@@ -163,7 +164,7 @@ def main(arguments: list[str] | None = None) -> int:
     """The command line. Exit code 1 if a kernel does not compile or spills, 2 for bad input."""
     parser = argparse.ArgumentParser(
         prog="python -m qgnn.perf.static",
-        description="Compiles every Triton kernel without a GPU and reports registers, stack (spills) and the widest load.",
+        description="Compiles every Triton kernel without a GPU; reports registers, stack (spills) and the widest load.",
         epilog="example: python -m qgnn.perf.static --target sm_90 --file quantize --json",
     )
     parser.add_argument("--target", action="append", choices=list(TARGETS), help="default: all of them")
@@ -184,11 +185,11 @@ def main(arguments: list[str] | None = None) -> int:
         json.dump([dataclasses.asdict(row) for row in rows], sys.stdout, indent=1)
         print()
     else:
-        print(f"{'file':<10} {'case':<44} {'target':<7} {'regs':>4} {'stack':>5} {'shared':>6} {'load':>4} {'s':>5}")
+        print(f"{'file':<16} {'case':<44} {'target':<7} {'regs':>4} {'stack':>5} {'shared':>6} {'load':>4} {'s':>5}")
         for row in rows:
             print(
-                f"{row.file:<10} {row.case:<44} {row.target:<7} {row.registers:>4} {row.stack_bytes:>5} {row.shared_bytes:>6} "
-                f"{row.load_bits:>4} {row.seconds:>5.1f} {row.error}"
+                f"{row.file:<16} {row.case:<44} {row.target:<7} {row.registers:>4} {row.stack_bytes:>5} "
+                f"{row.shared_bytes:>6} {row.load_bits:>4} {row.seconds:>5.1f} {row.error}"
             )
     return int(any(row.error or row.stack_bytes for row in rows))
 

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -111,10 +112,11 @@ _ROWS = (
     ("average bits, weighted by dimension", "average_bits_dim", ".2f"),
     ("average bits, all feature maps", "average_bits_all", ".2f"),
     ("compression of the feature maps", "compression", ".1f"),
+    ("the same, steps counted", "compression_with_steps", ".1f"),
     ("bytes of the feature maps", "packed_bytes", ",.0f"),
     ("bytes of the feature maps at FP32", "fp32_bytes", ",.0f"),
     ("ms a training step", "train_step_ms", ".2f"),
-    ("peak memory, bytes", "peak_memory_bytes", ",.0f"),
+    ("bytes kept for backward", "peak_memory_bytes", ",.0f"),
 )
 
 
@@ -179,14 +181,22 @@ def train(
     with _one_line_errors(interrupted):
         from .data import load
         from .quant.scheme import parse
+        from .recipes import recipe_for
         from .results import append, read, summary
         from .train import TrainingError
         from .train import train as run_training
 
-        parse(scheme)
+        parsed = parse(scheme)
         lines = _JsonLines(json_to)
         loaded = load(dataset, data_root)
-        settings = {"dataset": loaded.name, "model": model, "scheme": scheme, "epochs": epochs, "hidden": hidden}
+        recipe = recipe_for(model, parsed, loaded).changed(epochs, hidden)
+        settings = {
+            "dataset": loaded.name,
+            "model": model,
+            "scheme": parsed.name,
+            "epochs": recipe.epochs,
+            "hidden": recipe.hidden,
+        }
         place = re.sub(r"[^\w.-]+", "-", "_".join(str(value) for value in settings.values()))
         results = None if out is None else _folder(out) / "results.jsonl"
         earlier = [] if results is None else read(results)
@@ -197,11 +207,11 @@ def train(
                 record = finished.get(running)
                 if record is None:
                     what = f"{loaded.name} {model} {scheme}, seed {running} of 0..{seeds - 1}"
-                    checkpoint = None if out is None else out / "checkpoints" / f"{place}_seed{running}"
+                    checkpoint = None if out is None else out / "checkpoints" / f"{place}_seed{running}.pt"
                     try:
                         run = run_training(
                             loaded, model, scheme, running, epochs=epochs, hidden=hidden, checkpoint=checkpoint,
-                            progress=lambda done, total, what=what: show(what, done, total),
+                            progress=partial(show, what),
                         )  # fmt: skip
                     except TrainingError as error:
                         _stop(error, 1)

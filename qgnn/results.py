@@ -14,9 +14,11 @@ average_bits                mean over the quantized layers of the mean width ove
 average_bits_dim            the same, each feature map weighted by its dimension
 average_bits_all            every feature map counted, the unquantized ones as well
 compression                 bits of the feature maps at FP32 over their bits as quantized
+compression_with_steps      the same, the 32-bit steps counted too
 packed_bytes, fp32_bytes    bytes of the feature maps, as quantized and at FP32
 train_step_ms               time of a training step
-peak_memory_bytes           peak memory of a training step
+peak_memory_bytes           memory that the forward pass of a training step keeps for backward; parameters not counted
+epochs, hidden              settings of the run
 ==========================  ======================================================================================================
 """
 
@@ -43,6 +45,7 @@ MEASURES = (
     "average_bits_dim",
     "average_bits_all",
     "compression",
+    "compression_with_steps",
     "packed_bytes",
     "fp32_bytes",
     "train_step_ms",

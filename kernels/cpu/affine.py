@@ -7,7 +7,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .common import array, as_computed, even_bounds, kernel, optional, pack_flags, parallel_kernel, parallel_lock, parts_for
+from .common import (
+    array,
+    as_computed,
+    even_bounds,
+    kernel,
+    optional,
+    pack_flags,
+    parallel_kernel,
+    parallel_lock,
+    parts_for,
+)
 
 
 @kernel

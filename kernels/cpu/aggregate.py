@@ -36,9 +36,33 @@ from .common import (
     sum_kernel,
     unpack_row,
 )
-
-AHEAD = 12
-"""Edges between the one that is added and the one whose row is asked for. Rows are found at random, and no hardware prefetcher guesses them."""
+from .gather import (
+    AHEAD,
+    codes1_1,
+    codes1_4,
+    codes1_16,
+    codes1_64,
+    codes2_1,
+    codes2_4,
+    codes2_16,
+    codes2_64,
+    codes4_1,
+    codes4_4,
+    codes4_16,
+    codes4_64,
+    codes8_1,
+    codes8_4,
+    codes8_16,
+    codes8_64,
+    sum_1,
+    sum_2,
+    sum_4,
+    sum_8,
+    sum_16,
+    sum_32,
+    sum_64,
+    sum_128,
+)
 
 OUTPUTS = {"acc": 0, "float": 1, "packed": 2}
 
@@ -91,36 +115,33 @@ class _Plan:
 
 
 @kernel
-def _add_rows(first, last, indices, x, step, weight, out, i):
-    """Adds ``weight[e] * step[source] * x[source]`` to ``out[i]`` for the edges ``first`` to ``last``, four at a time, in their order."""
+def _sum_row(first, last, indices, x, step, weight, out, i):
+    """``out[i]`` = sum of ``weight[e] * step[source] * x[source]`` over the edges ``first`` to ``last``, in their order."""
     f = x.shape[1]
-    line = 64 // x.itemsize
-    one = out.dtype.type(1)
-    for e in range(first, last, 4):
-        for ahead in range(e + AHEAD, min(e + AHEAD + 4, last)):
-            for k in range(0, f, line):
-                prefetch(x, indices[ahead], k)
-        if e + 4 <= last:
-            a, b, c, d = indices[e], indices[e + 1], indices[e + 2], indices[e + 3]
-            if weight.size or step.size:
-                wa, wb, wc, wd = one, one, one, one
-                if step.size:
-                    wa, wb, wc, wd = step[a], step[b], step[c], step[d]
-                if weight.size:
-                    wa, wb, wc, wd = wa * weight[e], wb * weight[e + 1], wc * weight[e + 2], wd * weight[e + 3]
-                for k in range(f):
-                    out[i, k] = (((out[i, k] + wa * x[a, k]) + wb * x[b, k]) + wc * x[c, k]) + wd * x[d, k]
-            else:
-                for k in range(f):
-                    out[i, k] = (((out[i, k] + x[a, k]) + x[b, k]) + x[c, k]) + x[d, k]
-        else:
-            for t in range(e, last):
-                a = indices[t]
-                wa = step[a] if step.size else one
-                if weight.size:
-                    wa *= weight[t]
-                for k in range(f):
-                    out[i, k] += wa * x[a, k]
+    k = 0
+    while k + 128 <= f:
+        sum_128(indices, first, last, x, k, step, weight, out, i)
+        k += 128
+    if f & 64:
+        sum_64(indices, first, last, x, k, step, weight, out, i)
+        k += 64
+    if f & 32:
+        sum_32(indices, first, last, x, k, step, weight, out, i)
+        k += 32
+    if f & 16:
+        sum_16(indices, first, last, x, k, step, weight, out, i)
+        k += 16
+    if f & 8:
+        sum_8(indices, first, last, x, k, step, weight, out, i)
+        k += 8
+    if f & 4:
+        sum_4(indices, first, last, x, k, step, weight, out, i)
+        k += 4
+    if f & 2:
+        sum_2(indices, first, last, x, k, step, weight, out, i)
+        k += 2
+    if f & 1:
+        sum_1(indices, first, last, x, k, step, weight, out, i)
 
 
 @kernel
@@ -146,8 +167,7 @@ def _sum(lo, hi, indptr, indices, hub, x, step, weight, mean, row_scale, bias, r
     for i in range(lo, hi):
         first, last = indptr[i], indptr[i + 1]
         if last - first < hub:
-            out[i] = 0
-            _add_rows(first, last, indices, x, step, weight, out, i)
+            _sum_row(first, last, indices, x, step, weight, out, i)
             _finish_sum(i, last - first, mean, row_scale, bias, relu, out)
 
 
@@ -155,8 +175,7 @@ def _sum(lo, hi, indptr, indices, hub, x, step, weight, mean, row_scale, bias, r
 def _sum_segments(lo, hi, segments, indices, x, step, weight, slots):
     for j in range(lo, hi):
         slot = segments[j, 3]
-        slots[slot] = 0
-        _add_rows(segments[j, 1], segments[j, 2], indices, x, step, weight, slots, slot)
+        _sum_row(segments[j, 1], segments[j, 2], indices, x, step, weight, slots, slot)
 
 
 @kernel
@@ -180,7 +199,7 @@ def _sum_parallel(
 
 
 def _run_sum(
-    indptr: Tensor, indices: Tensor, schedule: Sequence[Tensor], x: Array, step: Array, weight: Array, mean: bool, row_scale: Array, bias: Array,
+    indptr: Tensor, indices: Tensor, schedule: Sequence[Tensor], x: Array, step: Array | None, weight: Array | None, mean: bool, row_scale: Array, bias: Array,
     relu: bool, out: Array,
 ) -> None:  # fmt: skip
     plan = _Plan(indptr, indices, schedule, x.shape[1])
@@ -252,7 +271,10 @@ def aggregate(
     out = torch.empty(indptr.numel() - 1, x.size(1), dtype=wide.dtype)
     if reduce in ("sum", "mean"):
         nothing = np.empty(0, source.dtype)
-        _run_sum(indptr, indices, schedule, source, nothing, scale, reduce == "mean", nothing, nothing, False, out.numpy())
+        factor = None if weight is None else scale
+        _run_sum(
+            indptr, indices, schedule, source, None, factor, reduce == "mean", nothing, nothing, False, out.numpy()
+        )
         return out.to(x.dtype), indptr.new_empty(0)
     arg = torch.empty(out.shape, dtype=indptr.dtype)
     # A hub stays with one thread: the first of equals is the same whoever finds it, and no slots are needed.
@@ -295,7 +317,15 @@ def aggregate_arg_backward(
     n, f = indptr.numel() - 1, grad.size(1)
     out = torch.empty(n, f, dtype=wide.dtype)
     start = array(indptr.to(torch.int64))
-    arguments = (start, array(indices), array(edges.to(torch.int64)), array(wide), array(arg), optional(weight, wide.dtype), out.numpy())
+    arguments = (
+        start,
+        array(indices),
+        array(edges.to(torch.int64)),
+        array(wide),
+        array(arg),
+        optional(weight, wide.dtype),
+        out.numpy(),
+    )
     parts = parts_for(indices.numel() * f)
     if parts > 1:
         bounds = _split(start, parts, indices.numel() + 1)
@@ -355,42 +385,89 @@ def edge_dot(rows: Tensor, indices: Tensor, x: Tensor, grad: Tensor, arg: Tensor
 
 
 @kernel
-def _add_codes(first, last, indices, x, container, size, flip, reach, partial, planes):
-    """Adds the codes of the edges ``first`` to ``last`` to ``planes`` (int32, one plane per code of a byte).
+def _add_codes_8(first, last, indices, x, flip, planes):
+    size, k = x.shape[1], 0
+    while k + 64 <= size:
+        codes8_64(indices, first, last, x, k, flip, planes)
+        k += 64
+    while k + 16 <= size:
+        codes8_16(indices, first, last, x, k, flip, planes)
+        k += 16
+    while k + 4 <= size:
+        codes8_4(indices, first, last, x, k, flip, planes)
+        k += 4
+    while k < size:
+        codes8_1(indices, first, last, x, k, flip, planes)
+        k += 1
 
-    ``flip`` turns two's complement into code + 2^(container-1), so that all summands are non-negative. Up to ``reach`` of them fit the narrow
-    lanes of ``partial``, which hold four or two times as many sums a register as int32 would.
+
+@kernel
+def _add_codes_4(first, last, indices, x, flip, planes):
+    size, k = x.shape[1], 0
+    while k + 64 <= size:
+        codes4_64(indices, first, last, x, k, flip, planes)
+        k += 64
+    while k + 16 <= size:
+        codes4_16(indices, first, last, x, k, flip, planes)
+        k += 16
+    while k + 4 <= size:
+        codes4_4(indices, first, last, x, k, flip, planes)
+        k += 4
+    while k < size:
+        codes4_1(indices, first, last, x, k, flip, planes)
+        k += 1
+
+
+@kernel
+def _add_codes_2(first, last, indices, x, flip, planes):
+    size, k = x.shape[1], 0
+    while k + 64 <= size:
+        codes2_64(indices, first, last, x, k, flip, planes)
+        k += 64
+    while k + 16 <= size:
+        codes2_16(indices, first, last, x, k, flip, planes)
+        k += 16
+    while k + 4 <= size:
+        codes2_4(indices, first, last, x, k, flip, planes)
+        k += 4
+    while k < size:
+        codes2_1(indices, first, last, x, k, flip, planes)
+        k += 1
+
+
+@kernel
+def _add_codes_1(first, last, indices, x, flip, planes):
+    size, k = x.shape[1], 0
+    while k + 64 <= size:
+        codes1_64(indices, first, last, x, k, flip, planes)
+        k += 64
+    while k + 16 <= size:
+        codes1_16(indices, first, last, x, k, flip, planes)
+        k += 16
+    while k + 4 <= size:
+        codes1_4(indices, first, last, x, k, flip, planes)
+        k += 4
+    while k < size:
+        codes1_1(indices, first, last, x, k, flip, planes)
+        k += 1
+
+
+@kernel
+def _add_codes(first, last, indices, x, container, flip, reach, planes):
+    """Adds the codes of the edges ``first`` to ``last`` to ``planes`` (int32, one plane for each of the codes of a byte), ``reach`` edges at a time.
+
+    ``flip`` turns two's complement into code + 2^(container-1), so that all summands are non-negative.
     """
-    lanes = 8 // container
-    mask = np.uint8((1 << container) - 1)
     for begin in range(first, last, reach):
         end = min(begin + reach, last)
-        partial[:] = 0
-        for e in range(begin, end, 4):
-            for ahead in range(e + AHEAD, min(e + AHEAD + 4, last)):
-                for k in range(0, size, 64):
-                    prefetch(x, indices[ahead], k)
-            if e + 4 <= end:
-                a, b, c, d = indices[e], indices[e + 1], indices[e + 2], indices[e + 3]
-                for lane in range(lanes):
-                    shift = np.uint8(lane * container)
-                    for j in range(size):
-                        partial[lane, j] += (
-                            partial.dtype.type((x[a, j] ^ flip) >> shift & mask)
-                            + partial.dtype.type((x[b, j] ^ flip) >> shift & mask)
-                            + partial.dtype.type((x[c, j] ^ flip) >> shift & mask)
-                            + partial.dtype.type((x[d, j] ^ flip) >> shift & mask)
-                        )
-            else:
-                for t in range(e, end):
-                    a = indices[t]
-                    for lane in range(lanes):
-                        shift = np.uint8(lane * container)
-                        for j in range(size):
-                            partial[lane, j] += partial.dtype.type((x[a, j] ^ flip) >> shift & mask)
-        for lane in range(lanes):
-            for j in range(size):
-                planes[lane, j] += np.int32(partial[lane, j])
+        if container == 8:
+            _add_codes_8(begin, end, indices, x, flip, planes)
+        elif container == 4:
+            _add_codes_4(begin, end, indices, x, flip, planes)
+        elif container == 2:
+            _add_codes_2(begin, end, indices, x, flip, planes)
+        else:
+            _add_codes_1(begin, end, indices, x, flip, planes)
 
 
 @kernel
@@ -426,16 +503,20 @@ def _finish_codes(
 
 @kernel
 def _sum_codes(
-    lo, hi, indptr, indices, hub, segments, hubs, slots, x, container, f, flip, half, reach, partial_type, stage, mode, row_scale, col_scale, bias,
+    lo, hi, indptr, indices, hub, segments, hubs, slots, x, container, f, flip, half, reach, stage, mode, row_scale, col_scale, bias,
     relu, out_step, out_bits, out_pos, out_buckets, out_signed, ints, floats, data,
 ):  # fmt: skip
     """``stage`` 0: rows ``lo`` to ``hi``; 1: segments of hubs; 2: hubs, from their slots."""
     lanes = 8 // container if container else 1
-    size = (f + lanes - 1) // lanes
-    partial = np.empty((lanes, size), partial_type.dtype)
+    size = max(x.shape[1], (f + lanes - 1) // lanes)  # padding included
     planes = np.zeros((lanes, size), np.int32)
     row, values = np.empty(f, np.int32), np.empty((1, f), np.float32)
-    s, q, codes, clipped = np.empty(f, np.float32), np.empty(f, np.float32), np.empty(f, np.int32), np.empty(f, np.uint8)
+    s, q, codes, clipped = (
+        np.empty(f, np.float32),
+        np.empty(f, np.float32),
+        np.empty(f, np.int32),
+        np.empty(f, np.uint8),
+    )
     for u in range(lo, hi):
         if stage == 0:
             i, first, last = u, np.int64(indptr[u]), np.int64(indptr[u + 1])
@@ -453,7 +534,7 @@ def _sum_codes(
                     for j in range(size):
                         planes[lane, j] += slots[slot, lane, j]
         elif container:
-            _add_codes(first, last, indices, x, container, size, flip, reach, partial, planes)
+            _add_codes(first, last, indices, x, container, flip, reach, planes)
         if stage == 1:
             slots[segments[u, 3]] = planes
         else:
@@ -465,12 +546,12 @@ def _sum_codes(
 
 @parallel_kernel
 def _sum_codes_parallel(
-    bounds, indptr, indices, hub, segments, hubs, slots, x, container, f, flip, half, reach, partial_type, stage, mode, row_scale, col_scale, bias,
+    bounds, indptr, indices, hub, segments, hubs, slots, x, container, f, flip, half, reach, stage, mode, row_scale, col_scale, bias,
     relu, out_step, out_bits, out_pos, out_buckets, out_signed, ints, floats, data,
 ):  # fmt: skip
     for part in numba.prange(bounds.size - 1):
         _sum_codes(
-            bounds[part], bounds[part + 1], indptr, indices, hub, segments, hubs, slots, x, container, f, flip, half, reach, partial_type, stage,
+            bounds[part], bounds[part + 1], indptr, indices, hub, segments, hubs, slots, x, container, f, flip, half, reach, stage,
             mode, row_scale, col_scale, bias, relu, out_step, out_bits, out_pos, out_buckets, out_signed, ints, floats, data,
         )  # fmt: skip
 
@@ -486,9 +567,8 @@ def aggregate_packed(
     table = array(x)[: sources * stride].reshape(sources, stride)
     half = 1 << (container - 1) if signed and container else 0
     flip = half * (0xFF // ((1 << container) - 1)) if half else 0
-    # Sums of `reach` codes fit 8 bits, or 16 for codes of 8 bits; a multiple of 4, as edges are added four at a time.
-    reach = {8: 256, 4: 16, 2: 84, 1: 252, 0: 256}[container]
-    partial_type = np.empty(0, np.uint16 if container == 8 else np.uint8)
+    # Sums of `reach` codes fit 8 bits, or 16 for codes of 8 bits.
+    reach = {8: 65535 // 255, 4: 255 // 15, 2: 255 // 3, 1: 255, 0: 1}[container]
     if output != "acc" and (out_step is None or out_bits is None):
         output = "float"
     integers = torch.empty(plan.n if output == "acc" else 0, features, dtype=torch.int32)
@@ -496,9 +576,9 @@ def aggregate_packed(
     data = empty_packed(out_counts, features) if output == "packed" else torch.empty(0, dtype=torch.uint8)
     buckets = buckets_of(out_counts, features) if output == "packed" else np.empty((4, 0), np.int64)
     lanes = 8 // container if container else 1
-    slots = np.empty((plan.slots, lanes, -(-features // lanes)), np.int32)
+    slots = np.empty((plan.slots, lanes, max(stride, -(-features // lanes))), np.int32)
     head = (
-        plan.indptr, plan.indices, plan.hub, plan.segments, plan.hubs, slots, table, container, features, np.uint8(flip), half, reach, partial_type,
+        plan.indptr, plan.indices, plan.hub, plan.segments, plan.hubs, slots, table, container, features, np.uint8(flip), half, reach,
     )  # fmt: skip
     tail = (
         OUTPUTS[output], optional(row_scale, torch.float32), optional(col_scale, torch.float32), optional(bias, torch.float32), relu,
@@ -553,7 +633,7 @@ def aggregate_rows(
             _unpack(0, sources, *arguments)
     out = torch.empty(indptr.numel() - 1, features, dtype=torch.float32)
     _run_sum(
-        indptr, indices, schedule, codes, array(step), optional(weight, torch.float32), False, optional(row_scale, torch.float32),
+        indptr, indices, schedule, codes, array(step), None if weight is None else array(weight), False, optional(row_scale, torch.float32),
         optional(bias, torch.float32), relu, out.numpy(),
     )  # fmt: skip
     return out

@@ -110,7 +110,9 @@ def _quantize(lo, hi, x, step, bits, row, signed, gradients, packed, pos, bucket
 
 
 @parallel_kernel
-def _quantize_parallel(bounds, x, step, bits, row, signed, gradients, packed, pos, buckets, data, out, clip, g_step, g_bits):
+def _quantize_parallel(
+    bounds, x, step, bits, row, signed, gradients, packed, pos, buckets, data, out, clip, g_step, g_bits
+):
     for part in numba.prange(bounds.size - 1):
         _quantize(
             bounds[part], bounds[part + 1], x, step, bits, row, signed, gradients, packed, pos, buckets, data, out, clip, g_step, g_bits
@@ -225,7 +227,14 @@ def _run_quantize(
 
 
 def quantize(
-    x: Tensor, step: Tensor, bits: Tensor, row: bool, signed: bool, pos: Tensor | None, counts: Sequence[int], gradients: bool
+    x: Tensor,
+    step: Tensor,
+    bits: Tensor,
+    row: bool,
+    signed: bool,
+    pos: Tensor | None,
+    counts: Sequence[int],
+    gradients: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Packed codes, clip bits, local gradients."""
     x, f = as_computed(x), x.size(1)
@@ -282,7 +291,14 @@ def mask_clipped(grad: Tensor, clip: Tensor) -> Tensor:
 
 
 def dequantize(
-    data: Tensor, step: Tensor, row: bool, signed: bool, zero: int, pos: Tensor | None, counts: Sequence[int], features: int
+    data: Tensor,
+    step: Tensor,
+    row: bool,
+    signed: bool,
+    zero: int,
+    pos: Tensor | None,
+    counts: Sequence[int],
+    features: int,
 ) -> Tensor:
     """``step * (code - zero)``."""
     n = sum(counts)

@@ -16,7 +16,6 @@ import triton.language as tl
 
 from ..packing import CONTAINERS, bucket_starts, row_bytes
 
-
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
@@ -152,40 +151,47 @@ def _row_address(
 
 
 @triton.jit
-def _store_container(p_data, b_codes, b_address, m_rows, o_f, stride, CONTAINER: tl.constexpr):
-    """Packs the codes of the features from ``o_f`` and stores those of the rows in ``m_rows``, with the zeros behind a row.
+def _store_bucket(p_data, b_codes, b_pos, m_rows, i_f, first, end, start, stride, CONTAINER: tl.constexpr):
+    """Packs a tile and stores its rows at the places ``first`` to ``end``, ``stride`` bytes each, the zeros behind a row included.
 
-    ``stride`` bytes of every row are written: a power of two of features, at least 8, covers whole multiples of the 16 bytes
-    to which longer rows are padded, or the whole row."""
+    The address is computed for one bucket at a time: merged with others, the compiler would not see that 16 divides it."""
     b_bytes = _pack(b_codes, CONTAINER)
-    o_b = o_f * CONTAINER // 8 + tl.arange(0, b_codes.shape[1] * CONTAINER // 8)
-    tl.store(p_data + b_address[:, None] + o_b[None, :], b_bytes, mask=m_rows[:, None] & (o_b < stride)[None, :])
+    o_b = i_f * b_bytes.shape[1] + tl.arange(0, b_bytes.shape[1])
+    b_address = start + (b_pos - first).to(tl.int64) * stride
+    m = (m_rows & (b_pos >= first) & (b_pos < end))[:, None] & (o_b < stride)[None, :]
+    tl.store(p_data + b_address[:, None] + o_b[None, :], b_bytes, mask=m)
 
 
 @triton.jit
-def _store_rows(
-    p_data, b_codes, b_container, b_address, m_rows, o_f, stride_8, stride_4, stride_2, stride_1, CONTAINER: tl.constexpr
-):
-    """Packs a tile of codes (int32 ``[R, F]``, 0 beyond the last feature; F a power of two, at least 8) into its rows' own
-    containers, which :func:`_row_address` gave. ``o_f``: the tile's first feature, a multiple of F."""
+def _store_codes(
+    p_data, p_pos, b_codes, b_rows, m_rows, i_f, first_4, first_2, first_1, first_0, start_4, start_2, start_1,
+    stride_8, stride_4, stride_2, stride_1, CONTAINER: tl.constexpr,
+):  # fmt: skip
+    """Packs a tile of codes into its rows' own containers: int32 ``[R, F]``, 0 beyond the last feature, F a power of two of at
+    least 8, and ``i_f`` the tile's number along the features. Tiles that cover all features cover the padding of the rows."""
+    b_pos = _places(p_pos, b_rows, m_rows)
     if CONTAINER == 8:
-        _store_container(p_data, b_codes, b_address, m_rows, o_f, stride_8, 8)
+        _store_bucket(p_data, b_codes, b_pos, m_rows, i_f, 0, first_4, 0, stride_8, 8)
     elif CONTAINER == 4:
-        _store_container(p_data, b_codes, b_address, m_rows, o_f, stride_4, 4)
+        _store_bucket(p_data, b_codes, b_pos, m_rows, i_f, 0, first_2, 0, stride_4, 4)
     elif CONTAINER == 2:
-        _store_container(p_data, b_codes, b_address, m_rows, o_f, stride_2, 2)
+        _store_bucket(p_data, b_codes, b_pos, m_rows, i_f, 0, first_1, 0, stride_2, 2)
     elif CONTAINER == 1:
-        _store_container(p_data, b_codes, b_address, m_rows, o_f, stride_1, 1)
+        _store_bucket(p_data, b_codes, b_pos, m_rows, i_f, 0, first_0, 0, stride_1, 1)
     elif CONTAINER is None:
-        # Most tiles hold two or three of the containers.
-        if tl.max((m_rows & (b_container == 8)).to(tl.int32), axis=0) > 0:
-            _store_container(p_data, b_codes, b_address, m_rows & (b_container == 8), o_f, stride_8, 8)
-        if tl.max((m_rows & (b_container == 4)).to(tl.int32), axis=0) > 0:
-            _store_container(p_data, b_codes, b_address, m_rows & (b_container == 4), o_f, stride_4, 4)
-        if tl.max((m_rows & (b_container == 2)).to(tl.int32), axis=0) > 0:
-            _store_container(p_data, b_codes, b_address, m_rows & (b_container == 2), o_f, stride_2, 2)
-        if tl.max((m_rows & (b_container == 1)).to(tl.int32), axis=0) > 0:
-            _store_container(p_data, b_codes, b_address, m_rows & (b_container == 1), o_f, stride_1, 1)
+        # The rows in each bucket, a byte for each: one reduction tells which containers this tile has to be packed for.
+        tl.static_assert(b_codes.shape[0] <= 128, "a tile's rows are counted in bytes")
+        b_narrow = tl.where(b_pos < first_1, 1 << 16, tl.where(b_pos < first_0, 1 << 24, 0))
+        b_one = tl.where(b_pos < first_4, 1, tl.where(b_pos < first_2, 1 << 8, b_narrow))
+        n_rows = tl.sum(tl.where(m_rows, b_one, 0), axis=0)
+        if (n_rows & 255) != 0:
+            _store_bucket(p_data, b_codes, b_pos, m_rows, i_f, 0, first_4, 0, stride_8, 8)
+        if ((n_rows >> 8) & 255) != 0:
+            _store_bucket(p_data, b_codes, b_pos, m_rows, i_f, first_4, first_2, start_4, stride_4, 4)
+        if ((n_rows >> 16) & 255) != 0:
+            _store_bucket(p_data, b_codes, b_pos, m_rows, i_f, first_2, first_1, start_2, stride_2, 2)
+        if (n_rows >> 24) != 0:
+            _store_bucket(p_data, b_codes, b_pos, m_rows, i_f, first_1, first_0, start_1, stride_1, 1)
 
 
 @triton.jit
@@ -248,7 +254,7 @@ def tile_blocks(features: int) -> dict[str, int]:
     return {"BLOCK_R": TILE // block, "BLOCK_F": block}
 
 
-def check_dtype(name: str, x: Tensor) -> None:
+def check_dtype(name: str, x: torch.Tensor) -> None:
     """Raises for what no kernel takes, float64 above all."""
     if x.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         raise TypeError(
@@ -257,7 +263,7 @@ def check_dtype(name: str, x: Tensor) -> None:
 
 
 def empty_packed(counts: Sequence[int], features: int, device: torch.device) -> torch.Tensor:
-    """A buffer for :func:`_store_rows`, which writes the zeros behind a row, but not those between two buckets."""
+    """A buffer for :func:`_store_codes`, which writes the zeros behind a row, but not those between two buckets."""
     size = bucket_starts(counts, features)[-1]
     rows = sum(count * row_bytes(c, features) for c, count in zip(CONTAINERS, counts, strict=True))
     return (torch.empty if rows == size else torch.zeros)(size, dtype=torch.uint8, device=device)

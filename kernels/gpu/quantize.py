@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -23,7 +24,7 @@ from .common import (
     _pack,
     _places,
     _row_address,
-    _store_rows,
+    _store_codes,
     check_dtype,
     empty_packed,
     layout_arguments,
@@ -119,13 +120,10 @@ def _quantize_fwd_kernel(
             b_value = tl.where(b_x != b_x, b_x, b_step * b_code.to(tl.float32))
             tl.store(p_value + o_x, _cast(b_value, p_value), mask=m)
         if p_data is not None:
-            b_container, b_address = _row_address(
-                _places(p_pos, o_r, m_r), first_4, first_2, first_1, first_0, start_4, start_2, start_1,
-                stride_8, stride_4, stride_2, stride_1, CONTAINER,
+            _store_codes(
+                p_data, p_pos, b_code, o_r, m_r, o_first // BLOCK_F, first_4, first_2, first_1, first_0,
+                start_4, start_2, start_1, stride_8, stride_4, stride_2, stride_1, CONTAINER,
             )  # fmt: skip
-            _store_rows(
-                p_data, b_code, b_container, b_address, m_r, o_first, stride_8, stride_4, stride_2, stride_1, CONTAINER
-            )
         if p_dstep is not None:
             b_error = b_step * b_code.to(tl.float32) - b_x
             b_inside += tl.where(b_clipped, 0.0, tl.abs(b_error))
@@ -139,7 +137,7 @@ def _quantize_fwd_kernel(
         o_r = i_r * BLOCK_R + tl.arange(0, BLOCK_R)
         _store_sums(
             p_dstep, p_dbits, b_inside, b_outside, b_step, b_bits, b_q, i_r, o_r, o_f, N, F, F if ROW else N, ROW, SIGNED
-        )
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -225,6 +223,7 @@ def _dequantize_kernel(
 COLUMN_TILES = 8
 """Row blocks that one program sums when steps belong to columns: partial sums are then 1/32 of a float32 x with 128 features."""
 
+
 def _sweep(n: int, features: int, row: bool) -> tuple[tuple[int, int], dict[str, int]]:
     """The grid of a kernel with sums, and its block arguments."""
     blocks = tile_blocks(features)
@@ -267,8 +266,9 @@ def _quantize(
 
 
 def quantize(
-    x: Tensor, step: Tensor, bits: Tensor, row: bool, signed: bool, pos: Tensor | None, counts: Sequence[int], gradients: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x: Tensor, step: Tensor, bits: Tensor, row: bool, signed: bool, pos: Tensor | None, counts: Sequence[int],
+    gradients: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """:func:`qgnn.kernels.quantize.quantize` in one pass over ``x``."""
     check_dtype("x", x)
     data = empty_packed(counts, x.size(1), x.device)
@@ -318,8 +318,9 @@ def mask_clipped(grad: Tensor, clip: Tensor) -> Tensor:
 
 
 def dequantize(
-    data: Tensor, step: Tensor, row: bool, signed: bool, zero: int, pos: Tensor | None, counts: Sequence[int], features: int
-) -> Tensor:
+    data: Tensor, step: Tensor, row: bool, signed: bool, zero: int, pos: Tensor | None, counts: Sequence[int],
+    features: int,
+) -> Tensor:  # fmt: skip
     """:func:`qgnn.kernels.quantize.dequantize`."""
     n = sum(counts)
     value = torch.empty(n, features, dtype=step.dtype, device=data.device)
@@ -332,77 +333,43 @@ def dequantize(
         )  # fmt: skip
     return value
 
-_F128 = {"N": "i32", "F": "i32:16"}
-_FORWARD = {"p_clip": "*u8", "p_step": "*fp32", "p_bits": "*u8", **_F128, **LAYOUT_SIGNATURE}
-_SUMS = {"p_dstep": "*fp32", "p_dbits": "*fp32"}
-_NO_SUMS = {"p_dstep": None, "p_dbits": None}
-_PACKED = {"p_data": "*u8"}
-_VALUE = {"p_data": None, "p_pos": None, "CONTAINER": 0}
-_ROWS = {"ROW": True, "SIGNED": True, "steps": 1, **tile_blocks(128)}
-_LONG_ROWS = {"ROW": True, "SIGNED": False, **tile_blocks(1024)}
-_COLUMNS = {"ROW": False, "SIGNED": True, **tile_blocks(128)}
-_MIXED = {"CONTAINER": None}
-_INT4 = {"CONTAINER": 4, "p_pos": None}
 
-COMPILE_CASES = [
-    CompileCase(name, kernel, signature, constexprs, EXACT)
-    for name, kernel, signature, constexprs in [
-        (
-            "quantize, mixed rows, local gradients",
-            _quantize_fwd_kernel,
-            {**_FORWARD, **_SUMS, **_PACKED, "p_x": "*fp32", "p_pos": "*i32"},
-            {**_ROWS, **_MIXED, "p_value": None},
-        ),
-        (
-            "quantize, long mixed rows, local gradients",
-            _quantize_fwd_kernel,
-            {**_FORWARD, **_SUMS, **_PACKED, "p_x": "*fp32", "p_pos": "*i32", "steps": "i32"},
-            {**_LONG_ROWS, **_MIXED, "p_value": None},
-        ),
-        (
-            "quantize, int4 columns",
-            _quantize_fwd_kernel,
-            {**_FORWARD, **_PACKED, "p_x": "*bf16", "steps": "i32"},
-            {**_COLUMNS, **_INT4, **_NO_SUMS, "p_value": None},
-        ),
-        (
-            "fake_quantize, rows, local gradients",
-            _quantize_fwd_kernel,
-            {**_FORWARD, **_SUMS, "p_x": "*fp32", "p_value": "*fp32"},
-            {**_ROWS, **_VALUE},
-        ),
-        (
-            "fake_quantize, columns, local gradients",
-            _quantize_fwd_kernel,
-            {**_FORWARD, **_SUMS, "p_x": "*bf16", "p_value": "*bf16", "steps": "i32"},
-            {**_COLUMNS, **_VALUE},
-        ),
-        (
-            "fake_quantize_backward, rows",
-            _quantize_bwd_kernel,
-            {"p_dx": "*fp32", "p_grad": "*fp32", "p_x": "*fp32", "p_step": "*fp32", "p_bits": "*u8", **_SUMS, **_F128},
-            _ROWS,
-        ),
-        (
-            "fake_quantize_backward, columns",
-            _quantize_bwd_kernel,
-            {"p_dx": "*bf16", "p_grad": "*bf16", "p_x": "*bf16", "p_step": "*fp32", "p_bits": "*u8", "steps": "i32"}
-            | {**_SUMS, **_F128},
-            _COLUMNS,
-        ),
-        ("mask_clipped", _mask_clipped_kernel, {"p_out": "*fp32", "p_grad": "*fp32", "p_clip": "*u8", **_F128}, tile_blocks(128)),
-        (
-            "dequantize, mixed rows",
-            _dequantize_kernel,
-            {"p_value": "*fp32", "p_data": "*u8", "p_step": "*fp32", "p_pos": "*i32", "zero": "i32", **_F128}
-            | LAYOUT_SIGNATURE,
-            {"ROW": True, "SIGNED": True, **_MIXED, **tile_blocks(128)},
-        ),
-        (
-            "dequantize, int4 columns",
-            _dequantize_kernel,
-            {"p_value": "*fp32", "p_data": "*u8", "p_step": "*fp32", "zero": "i32", **_F128, **LAYOUT_SIGNATURE},
-            {"ROW": False, "SIGNED": True, **_INT4, **tile_blocks(128)},
-        ),
-    ]
-]
+_N128 = {"N": "i32", "F": "i32:16"}
+_STEP = {"p_step": "*fp32", "p_bits": "*u8"}
+_SUMS = {"p_dstep": "*fp32", "p_dbits": "*fp32"}
+_FWD = {"p_clip": "*u8", **_STEP, **_N128, **LAYOUT_SIGNATURE}
+_MIXED = {"CONTAINER": None, "p_value": None}
+_INT4 = {"CONTAINER": 4, "p_pos": None}
+_FAKE = {"CONTAINER": 0, "p_pos": None, "p_data": None}
+_ROWS = {"ROW": True, "SIGNED": True, **tile_blocks(128)}
+_COLUMNS = {"ROW": False, "SIGNED": True, **tile_blocks(128)}
+
+# x is [N, 128], but for the long rows, which loop over blocks of features.
+_CASES: list[tuple[str, Any, dict[str, str], dict[str, Any]]] = [
+    ("quantize, mixed rows, local gradients", _quantize_fwd_kernel,
+     {**_FWD, **_SUMS, "p_data": "*u8", "p_x": "*fp32", "p_pos": "*i32"}, {**_ROWS, **_MIXED, "steps": 1}),
+    ("quantize, long mixed rows, local gradients", _quantize_fwd_kernel,
+     {**_FWD, **_SUMS, "p_data": "*u8", "p_x": "*fp32", "p_pos": "*i32", "steps": "i32"},
+     {**_ROWS, **_MIXED, **tile_blocks(1024), "SIGNED": False}),
+    ("quantize, int4 columns", _quantize_fwd_kernel,
+     {**_FWD, "p_data": "*u8", "p_x": "*bf16", "steps": "i32"},
+     {**_COLUMNS, **_INT4, "p_value": None, "p_dstep": None, "p_dbits": None}),
+    ("fake_quantize, rows, local gradients", _quantize_fwd_kernel,
+     {**_FWD, **_SUMS, "p_x": "*fp32", "p_value": "*fp32"}, {**_ROWS, **_FAKE, "steps": 1}),
+    ("fake_quantize, columns, local gradients", _quantize_fwd_kernel,
+     {**_FWD, **_SUMS, "p_x": "*bf16", "p_value": "*bf16", "steps": "i32"}, {**_COLUMNS, **_FAKE}),
+    ("fake_quantize_backward, rows", _quantize_bwd_kernel,
+     {**_SUMS, **_STEP, **_N128, "p_dx": "*fp32", "p_grad": "*fp32", "p_x": "*fp32"}, {**_ROWS, "steps": 1}),
+    ("fake_quantize_backward, columns", _quantize_bwd_kernel,
+     {**_SUMS, **_STEP, **_N128, "p_dx": "*bf16", "p_grad": "*bf16", "p_x": "*bf16", "steps": "i32"}, _COLUMNS),
+    ("mask_clipped", _mask_clipped_kernel,
+     {"p_out": "*fp32", "p_grad": "*fp32", "p_clip": "*u8", **_N128}, tile_blocks(128)),
+    ("dequantize, mixed rows", _dequantize_kernel,
+     {"p_value": "*fp32", "p_data": "*u8", "p_step": "*fp32", "p_pos": "*i32", "zero": "i32", **_N128, **LAYOUT_SIGNATURE},
+     {**_ROWS, "CONTAINER": None}),
+    ("dequantize, int4 columns", _dequantize_kernel,
+     {"p_value": "*fp32", "p_data": "*u8", "p_step": "*fp32", "zero": "i32", **_N128, **LAYOUT_SIGNATURE},
+     {**_COLUMNS, **_INT4}),
+]  # fmt: skip
+
+COMPILE_CASES = [CompileCase(*case, EXACT) for case in _CASES]

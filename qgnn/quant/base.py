@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..graph import Graph
+from ..kernels.packing import bucket_rows, bucket_starts, container_of, containers_of, uniform_counts
 from ..qtensor import QTensor
 from .scheme import Scheme
 
@@ -24,6 +25,7 @@ class FeatureMap:
         role: "input" or "operand".
         quantized: False for a map kept at 32 bits, or exact at 1 bit because its values are 0 and one constant per row.
         learned: True when the widths are learned.
+        signed: whether the codes have a sign.
     """
 
     name: str
@@ -33,6 +35,17 @@ class FeatureMap:
     role: str
     quantized: bool
     learned: bool = False
+    signed: bool = False
+
+    def packed_bytes(self) -> int:
+        """Bytes of the packed codes (:mod:`qgnn.kernels.packing`); 4 per element for a map at 32 bits."""
+        if isinstance(self.bits, Tensor):
+            counts, _ = bucket_rows(containers_of(self.bits, self.signed))
+        elif self.bits == 32:
+            return 4 * self.dim * self.nodes
+        else:
+            counts = uniform_counts(self.nodes, container_of(self.bits, self.signed))
+        return bucket_starts(counts, self.dim)[-1]
 
     def mean_bits(self) -> float:
         """Mean width over the nodes."""
@@ -137,8 +150,8 @@ class LayerQuantizer(nn.Module):
         """The maps of this layer, for the bookkeeping of NUMERICS 3."""
         bits, binary = self.input_bits(), self.kind == "binary"
         learned = isinstance(bits, Tensor) and not binary
-        maps = [FeatureMap(f"{name}.input", self.in_channels, nodes, 1 if binary else bits, "input", self.enabled and not binary, learned)]
+        maps = [FeatureMap(f"{name}.input", self.in_channels, nodes, 1 if binary else bits, "input", self.enabled and not binary, learned, self.kind == "signed" and learned)]
         if aggregates:
             width = self.scheme.bits if self.enabled else 32
-            maps.append(FeatureMap(f"{name}.operand", self.out_channels, nodes, width, "operand", self.enabled))
+            maps.append(FeatureMap(f"{name}.operand", self.out_channels, nodes, width, "operand", self.enabled, signed=True))
         return maps

@@ -1,0 +1,354 @@
+"""Training of node-level models on one graph: FP32 warm-up, quantized training, best validation epoch, checkpoints that resume exactly."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import quant
+from .models import GCN
+from .quant.a2q import A2QQuantizer, learned_layers, memory_penalty
+from .qtensor import rounded_bits
+from .recipes import Recipe, recipe_for
+
+if TYPE_CHECKING:
+    from torch_geometric.data import Data
+
+    from .data import Dataset
+
+_log = logging.getLogger(__name__)
+
+MODELS = ("gcn",)
+CHECKPOINT_SECONDS = 10.0
+"""A checkpoint is written when this much time has passed since the last one."""
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on: the loss is not finite. The sentence names the epoch and the tensor where it began."""
+
+
+@dataclass
+class Run:
+    """A finished training.
+
+    Attributes:
+        record: one JSON record (:mod:`qgnn.results` lists its fields).
+        model: the fake-quantized model with the weights of the best epoch, in eval mode.
+        data: the data it was trained on, with the recipe's feature normalisation applied.
+    """
+
+    record: dict[str, Any]
+    model: nn.Module
+    data: Data
+
+
+@dataclass
+class _Best:
+    key: tuple[float, float] | None = None
+    epoch: int = -1
+    val_acc: float = 0.0
+    test_acc: float = 0.0
+    state: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class _Progress:
+    """What a checkpoint holds besides model and optimizer."""
+
+    epoch: int = 0
+    best: _Best = field(default_factory=_Best)
+    warm: _Best = field(default_factory=_Best)
+    test_acc_best_over_epochs: float = 0.0
+    step_ms: list[float] = field(default_factory=list)
+    peak_memory_bytes: int = 0
+
+
+def prepare(dataset: Dataset, recipe: Recipe) -> Data:
+    """The data of a data set with the recipe's feature normalisation: each row divided by its sum."""
+    if not recipe.normalize_features:
+        return dataset.data
+    data = copy.copy(dataset.data)
+    assert isinstance(data.x, Tensor)
+    data.x = data.x / data.x.sum(1, keepdim=True).clamp_min(1e-12)
+    return data
+
+
+def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
+    """Parameters by kind, each with its learning rate: weights of the first layer, other weights, widths, and steps of features, weights and operands."""
+    rates = {"bits": recipe.lr_bits, "log_step": recipe.lr_step, "log_weight_step": recipe.lr_weight_step, "log_operand_step": recipe.lr_operand_step}
+    groups: dict[str, dict[str, Any]] = {}
+    first = next(iter(dict(model.named_parameters())), "").rsplit(".", 2)[0]
+    for name, parameter in model.named_parameters():
+        kind = name.rsplit(".", 1)[-1]
+        if ".quantizer." in f".{name}":
+            settings = {"lr": rates[kind], "weight_decay": 0.0}
+        else:
+            is_first = name.startswith(".".join(first.split(".")[:2]))
+            kind = "first" if is_first else "other"
+            settings = {"lr": recipe.lr, "weight_decay": recipe.weight_decay if is_first else recipe.weight_decay_rest}
+        groups.setdefault(kind, {"params": [], "kind": kind, **settings})["params"].append(parameter)
+    return list(groups.values())
+
+
+class Trainer:
+    """One training of ``model`` on ``data``, epoch by epoch.
+
+    ``data`` has ``x``, ``edge_index``, ``y`` and the masks of a split. The model computes in float32 for ``recipe.warmup`` epochs; then its
+    quantizers start from the best of these weights, and train for ``recipe.epochs`` epochs. The best epoch is that of the highest validation
+    accuracy, the lowest validation loss among equals, among the quantized epochs whose average width is within ``recipe.bits_limit``.
+    """
+
+    def __init__(self, model: nn.Module, data: Data, recipe: Recipe) -> None:
+        self.model, self.data, self.recipe = model, data, recipe
+        self.quantized = any(isinstance(m, quant.LayerQuantizer) for m in model.modules())
+        self.warmup = recipe.warmup if self.quantized else 0
+        self.total = self.warmup + recipe.epochs
+        self.optimizer = torch.optim.Adam(parameter_groups(model, recipe))
+        self.progress = _Progress()
+        quant.set_enabled(model, False)
+
+    def run(self, checkpoint: Path | None = None, progress: Callable[[int, int], None] | None = None) -> None:
+        """Trains to the end, from ``checkpoint`` where that exists; calls ``progress(epoch, total)`` after every epoch."""
+        if checkpoint is not None and checkpoint.exists():
+            self._resume(checkpoint)
+        written = time.monotonic()
+        while self.progress.epoch < self.total:
+            self._epoch(self.progress.epoch)
+            self.progress.epoch += 1
+            if progress is not None:
+                progress(self.progress.epoch, self.total)
+            if checkpoint is not None and (time.monotonic() - written > CHECKPOINT_SECONDS or self.progress.epoch == self.total):
+                self._write(checkpoint)
+                written = time.monotonic()
+        best = self.progress.best
+        if best.key is None:
+            raise TrainingError(
+                f"no quantized epoch had an average width within the limit of {self.recipe.bits_limit} bits; train longer or raise the penalty of the recipe"
+            )
+        self.model.load_state_dict(best.state)
+        self.model.eval()
+
+    def _epoch(self, epoch: int) -> None:
+        if epoch == self.warmup and self.quantized:
+            self.start_quantization()
+        started = time.perf_counter()
+        if epoch == self.total - 1:
+            with _SavedBytes(self.model) as kept:
+                self.step(epoch)
+            self.progress.peak_memory_bytes = kept.bytes
+        else:
+            self.step(epoch)
+            if epoch >= self.warmup:
+                self.progress.step_ms.append((time.perf_counter() - started) * 1e3)
+        self._evaluate(epoch)
+
+    def step(self, epoch: int) -> None:
+        """One training step: forward, backward, optimizer.
+
+        Raises:
+            TrainingError: the loss is not finite.
+        """
+        self.model.train()
+        loss = self._loss(epoch)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        self._check_finite(loss, epoch)
+        self.optimizer.step()
+        with torch.no_grad():
+            for layer in learned_layers(self.model):
+                layer.bits.clamp_(self.recipe.smallest_bits, 8)
+
+    def _loss(self, epoch: int) -> Tensor:
+        recipe, data = self.recipe, self.data
+        out = self.model(data.x, data.edge_index)
+        loss = F.cross_entropy(out[data.train_mask], data.y[data.train_mask])
+        if epoch >= self.warmup and recipe.penalty:
+            layers = list(learned_layers(self.model))
+            if layers:
+                target = recipe.target_bits * sum(q.in_channels * q.bits.numel() for q in layers) / (8 * 1024)
+                loss = loss + recipe.penalty * memory_penalty(self.model, target, "relu")
+        return loss
+
+    def start_quantization(self) -> None:
+        """Restores the best warm-up weights, switches the quantizers on and lets them take their steps and ranges from the whole graph."""
+        if self.progress.warm.key is not None:
+            self.model.load_state_dict(self.progress.warm.state)
+        for module in self.model.modules():
+            if isinstance(module, A2QQuantizer):
+                nn.init.uniform_(module.bits, self.recipe.initial_bits - 0.5, self.recipe.initial_bits + 0.5)
+        quant.set_enabled(self.model, True)
+        self._forward_eval()
+
+    @torch.no_grad()
+    def _forward_eval(self) -> Tensor:
+        self.model.eval()
+        return self.model(self.data.x, self.data.edge_index)  # type: ignore[no-any-return]
+
+    def _evaluate(self, epoch: int) -> None:
+        data, progress = self.data, self.progress
+        out = self._forward_eval()
+        right = (out.argmax(1) == data.y).float()
+        val_acc, test_acc = (float(right[mask].mean()) * 100 for mask in (data.val_mask, data.test_mask))
+        key = (val_acc, -float(F.cross_entropy(out[data.val_mask], data.y[data.val_mask])))
+        best = progress.warm if epoch < self.warmup else progress.best
+        if epoch >= self.warmup:
+            if self._average_bits() > self.recipe.bits_limit:
+                return
+            progress.test_acc_best_over_epochs = max(progress.test_acc_best_over_epochs, test_acc)
+        if best.key is None or key > best.key:
+            best.key, best.epoch, best.val_acc, best.test_acc = key, epoch, val_acc, test_acc
+            best.state = copy.deepcopy(self.model.state_dict())
+
+    def _average_bits(self) -> float:
+        widths = [float(rounded_bits(q.bits).float().mean()) for q in learned_layers(self.model)]
+        return statistics.fmean(widths) if widths else 0.0
+
+    def _check_finite(self, loss: Tensor, epoch: int) -> None:
+        if bool(torch.isfinite(loss)):
+            return
+        for name, parameter in self.model.named_parameters():
+            for what, tensor in (("parameter", parameter), ("gradient of", parameter.grad)):
+                if tensor is not None and not bool(torch.isfinite(tensor).all()):
+                    raise TrainingError(f"the loss is {float(loss)} in epoch {epoch}; it began in {what} {name}; lower the learning rates or look at the data")
+        raise TrainingError(f"the loss is {float(loss)} in epoch {epoch}; it began in the features or the output; look at the data for NaN or infinity")
+
+    def _write(self, path: Path) -> None:
+        state = {
+            "recipe": asdict(self.recipe),
+            "model": self.model.state_dict(),
+            "enabled": self.progress.epoch > self.warmup,
+            "optimizer": self.optimizer.state_dict(),
+            "progress": asdict(self.progress),
+            "rng": torch.get_rng_state(),
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
+        os.close(handle)
+        try:
+            torch.save(state, temporary)
+            os.replace(temporary, path)
+        finally:
+            Path(temporary).unlink(missing_ok=True)
+
+    def _resume(self, path: Path) -> None:
+        try:
+            state = torch.load(path, weights_only=True)
+        except Exception as error:
+            raise ValueError(f"checkpoint {path} cannot be read ({error}); delete it to start over") from None
+        if state.get("recipe") != asdict(self.recipe):
+            raise ValueError(f"checkpoint {path} belongs to other settings; delete it or choose another folder")
+        self.model.load_state_dict(state["model"])
+        quant.set_enabled(self.model, state["enabled"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        progress = state["progress"]
+        self.progress = _Progress(**{**progress, "best": _best(progress["best"]), "warm": _best(progress["warm"])})
+        torch.set_rng_state(state["rng"])
+        _log.info("resumed %s after epoch %d", path, self.progress.epoch)
+
+
+def _best(state: dict[str, Any]) -> _Best:
+    return _Best(**{**state, "key": None if state["key"] is None else tuple(state["key"])})
+
+
+class _SavedBytes:
+    """Bytes that autograd keeps for backward inside the ``with`` block, each storage once, parameters not counted."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._known = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        self.bytes = 0
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
+
+    def _pack(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self._known:
+            self._known.add(storage.data_ptr())
+            self.bytes += storage.nbytes()
+        return tensor
+
+    def __enter__(self) -> _SavedBytes:
+        self._hooks.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._hooks.__exit__(*error)  # type: ignore[arg-type]
+
+
+def train(
+    dataset: Dataset,
+    model: str,
+    scheme: str,
+    seed: int,
+    *,
+    epochs: int | None = None,
+    hidden: int | None = None,
+    checkpoint: Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Run:
+    """Trains one model with the recipe of its scheme and data set family (:mod:`qgnn.recipes`).
+
+    Args:
+        dataset: from :func:`qgnn.data.load`.
+        model: "gcn".
+        scheme: a scheme name (:mod:`qgnn.quant.scheme`).
+        seed: of weights, dropout and masks; the same seed gives the same run on the same machine.
+        epochs: of quantized training (of FP32 training for "fp32"), instead of the recipe's; a shorter training has a shorter warm-up.
+        hidden: features of the hidden map, instead of the recipe's.
+        checkpoint: file to resume from and to write to.
+        progress: called with (epochs done, epochs in all).
+
+    Raises:
+        ValueError: an unknown model or scheme, or a checkpoint of other settings.
+        TrainingError: the loss became NaN or infinite; the sentence names the epoch and the tensor.
+    """
+    parsed = quant.parse(scheme)
+    recipe = recipe_for(model, parsed, dataset).changed(epochs, hidden)
+    data = prepare(dataset, recipe)
+    torch.manual_seed(seed)
+    network = build(model, parsed, dataset, recipe)
+    trainer = Trainer(network, data, recipe)
+    trainer.run(checkpoint, progress)
+    return Run(_record(trainer, dataset, model, parsed, seed), network, data)
+
+
+def build(model: str, scheme: quant.Scheme, dataset: Dataset, recipe: Recipe) -> nn.Module:
+    """An untrained model of a recipe's sizes for a data set."""
+    if model not in MODELS:
+        raise ValueError(f"there is no model {model!r}; choose one of {', '.join(MODELS)}")
+    x = dataset.data.x
+    assert isinstance(x, Tensor)
+    return GCN(x.size(1), recipe.hidden, dataset.num_classes, dropout=recipe.dropout, scheme=recipe.scheme(scheme), num_nodes=x.size(0))
+
+
+def _record(trainer: Trainer, dataset: Dataset, model: str, scheme: quant.Scheme, seed: int) -> dict[str, Any]:
+    best, progress, nodes = trainer.progress.best, trainer.progress, trainer.data.x.size(0)
+    maps = quant.feature_maps(trainer.model, nodes)
+    averages = quant.averages(maps)
+    return {
+        "dataset": dataset.name,
+        "model": model,
+        "scheme": scheme.name,
+        "seed": seed,
+        "best_epoch": best.epoch - trainer.warmup,
+        "val_acc": best.val_acc,
+        "test_acc": best.test_acc,
+        "test_acc_best_over_epochs": progress.test_acc_best_over_epochs,
+        **asdict(averages),
+        "packed_bytes": sum(m.packed_bytes() for m in maps),
+        "fp32_bytes": sum(4 * m.dim * m.nodes for m in maps),
+        "train_step_ms": statistics.median(progress.step_ms) if progress.step_ms else 0.0,
+        "peak_memory_bytes": progress.peak_memory_bytes,
+        "epochs": trainer.recipe.epochs,
+        "hidden": trainer.recipe.hidden,
+    }

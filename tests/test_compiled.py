@@ -1,0 +1,63 @@
+"""Every Triton kernel through the real compiler, which needs no GPU: it compiles for each target, does not spill, and reads rows by
+128-bit loads. The compiler runs in a process of its own: where TRITON_INTERPRET is set, the kernels are the interpreter's."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from functools import cache
+
+import pytest
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton runs on Linux only")
+
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+
+
+@cache
+def static(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "qgnn.perf.static", *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
+def rows(target: str) -> list[dict[str, object]]:
+    # One process for all targets, and as many workers as there are cores: most of the time is the compiler's.
+    finished = static("--json")
+    assert finished.stdout, finished.stderr
+    return [row for row in json.loads(finished.stdout) if row["target"] == target]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_kernel_compiles(target):
+    assert rows(target)
+    assert not [f"{row['file']}: {row['case']}: {row['error']}" for row in rows(target) if row["error"]]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_no_kernel_spills(target):
+    assert not [f"{row['file']}: {row['case']}: {row['stack_bytes']} B" for row in rows(target) if row["stack_bytes"]]
+
+
+@pytest.mark.parametrize("target", TARGETS[:3])
+def test_quantizers_read_16_bytes_at_once(target):
+    # A result of dequantize is at least four times as wide as what is read for it: the codes are byte loads.
+    read = [row for row in rows(target) if row["file"] in ("quantize", "affine") and "dequantize" not in row["case"]]
+    assert read
+    assert not [f"{row['case']}: {row['load_bits']} bits" for row in read if row["load_bits"] != 128]
+
+
+def test_unknown_file_is_an_error():
+    finished = static("--file", "nonexistent")
+    assert finished.returncode == 2
+    assert "no kernel file nonexistent" in finished.stderr
+
+
+def test_refuses_the_interpreter():
+    command = [sys.executable, "-m", "qgnn.perf.static", "--file", "quantize"]
+    finished = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert finished.returncode == 2
+    assert "unset it" in finished.stderr
