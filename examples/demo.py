@@ -15,6 +15,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import torch
+from rich import box
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -38,7 +39,6 @@ class PyGGCN(torch.nn.Module):
         self.convs = torch.nn.ModuleList(
             GCNConv(conv.in_channels, conv.out_channels, cached=True) for conv in model.convs
         )
-        self.load_state_dict(model.state_dict())
 
     def forward(self, x: Tensor, edge_index: Tensor) -> Tensor:
         for i, conv in enumerate(self.convs):
@@ -61,19 +61,15 @@ def paired_ms(first: Callable[[], object], second: Callable[[], object], rounds:
 
 
 def row(run: Run, pyg: torch.nn.Module) -> list[str]:
-    """One line of the table."""
-    record, data = run.record, run.data
-    accuracy = f"{record['test_acc']:.1f}"
-    if run.record["scheme"] == "fp32":
-        return ["fp32", accuracy, "32", "1.0", "", "", "", ""]
-    frozen = qgnn.freeze(run.model, data)
-    ours, theirs = paired_ms(frozen, lambda: pyg(data.x, data.edge_index))
+    """One line of the table: the integer model of a run beside PyG's FP32."""
+    frozen = qgnn.freeze(run.model, run.data)
+    ours, theirs = paired_ms(frozen, lambda: pyg(run.data.x, run.data.edge_index))
     report = frozen.report
     return [
-        record["scheme"],
-        accuracy,
-        f"{record['average_bits']:.2f}",
-        f"{record['compression']:.1f}",
+        run.record["scheme"],
+        f"{run.record['test_acc']:.1f}",
+        f"{run.record['average_bits']:.2f}",
+        f"{run.record['compression']:.1f}",
         f"{report.packed_bytes:,} | {report.fp32_bytes:,}",
         f"{ours:.2f} | {theirs:.2f}",
         f"{report.max_difference:.1e}",
@@ -134,18 +130,20 @@ def main() -> None:
                 0,
                 progress=lambda done, total, task=task: bar.update(task, completed=done, total=total),
             )
-    pyg = PyGGCN(runs["fp32"].model).eval()
     table = Table(
-        "scheme", "test\naccuracy, %", "average\nbits", "compression", "feature maps, bytes\npacked | FP32",
-        "ms an inference\nintegers | PyG FP32", "largest logit\ndifference", "predictions\nthat differ",
-        title=f"GCN on digits: {dataset.data.num_nodes:,} nodes, {dataset.data.num_edges:,} edges, one seed", title_justify="left",
+        "scheme", "test\nacc., %", "avg.\nbits", "compr.", "feature maps, bytes\npacked | FP32", "ms a run\nours | PyG FP32",
+        "logit\ndiff.", "preds.\ndiff.", box=box.SIMPLE, pad_edge=False, padding=(0, 1, 0, 0),
+        title=f"GCN on digits: {dataset.data.num_nodes:,} nodes, {dataset.data.num_edges:,} edges", title_justify="left",
     )  # fmt: skip
+    fp32 = runs.pop("fp32").record
+    table.add_row("fp32", f"{fp32['test_acc']:.1f}", "32", "1.0", f"{fp32['fp32_bytes']:,}")
     for run in runs.values():
-        table.add_row(*row(run, pyg))
-    console.print(table, width=max(console.width, 130))
+        table.add_row(*row(run, PyGGCN(run.model).eval()))
+    console.print(table)
     console.print(
-        "Differences are between the integer model and the fake-quantized one it was frozen from. Average bits and compression\n"
-        "count the quantized inputs of layers; the bytes count every feature map that is stored.",
+        "One seed each. Average bits and compression count the quantized inputs of layers; bytes count every\n"
+        "feature map. Differences: the integer model against the fake-quantized one it was frozen from, the\n"
+        "largest of a logit and the number of predictions. ms: medians of runs that take turns, this machine.",
         soft_wrap=True,
     )
     degree = np.bincount(dataset.data.edge_index[1].numpy(), minlength=dataset.data.num_nodes)

@@ -39,10 +39,12 @@ def _mean_factor(indptr: Tensor, dtype: torch.dtype) -> Tensor:
 def _extreme_reference(rows: Tensor, messages: Tensor, n: int, largest: bool) -> tuple[Tensor, Tensor]:
     edges, features = messages.shape
     index = rows.long().unsqueeze(1).expand(edges, features)
-    rank = torch.nan_to_num(messages if largest else -messages, nan=torch.inf, posinf=torch.finfo(messages.dtype).max, neginf=-torch.inf)
+    nan = messages.isnan()
+    rank = (messages if largest else -messages).masked_fill(nan, -torch.inf)
     best = torch.full((n, features), -torch.inf, dtype=messages.dtype, device=messages.device).scatter_reduce(0, index, rank, "amax")
+    has_nan = torch.zeros(n, features, dtype=torch.int32, device=messages.device).scatter_reduce(0, index, nan.int(), "amax").bool()
     position = torch.arange(edges, device=rows.device).unsqueeze(1).expand(edges, features)
-    taken = torch.where(rank == best[rows.long()], position, edges)
+    taken = torch.where(torch.where(has_nan[rows.long()], nan, rank == best[rows.long()]), position, edges)
     arg = torch.full((n, features), edges, device=rows.device).scatter_reduce(0, index, taken, "amin")
     padded = torch.cat([messages, messages.new_zeros(1, features)])
     return padded.gather(0, arg), torch.where(arg == edges, -1, arg)

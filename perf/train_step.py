@@ -24,13 +24,13 @@ from .timing import Timing, paired
 class PyGGCN(nn.Module):
     """The same two-layer GCN made of PyG's GCNConv, which is its FP32 baseline (``cached=True``: PyG's fastest setting)."""
 
-    def __init__(self, in_channels: int, hidden: int, out_channels: int, dropout: float) -> None:
+    def __init__(self, in_channels: int, hidden: int, out_channels: int, input_dropout: float, dropout: float) -> None:
         super().__init__()
         self.convs = nn.ModuleList([GCNConv(in_channels, hidden, cached=True), GCNConv(hidden, out_channels, cached=True)])
-        self.dropout = dropout
+        self.input_dropout, self.dropout = input_dropout, dropout
 
     def forward(self, x: Tensor, edge_index: Tensor) -> Tensor:
-        x = F.dropout(x, self.dropout, self.training)
+        x = F.dropout(x, self.input_dropout, self.training)
         x = F.relu(self.convs[0](x, edge_index))
         x = F.dropout(x, self.dropout, self.training)
         return self.convs[1](x, edge_index)  # type: ignore[no-any-return]
@@ -39,7 +39,7 @@ class PyGGCN(nn.Module):
 def pyg_step(data: Data, classes: int, recipe: Recipe) -> Callable[[], object]:
     """One FP32 training step of PyG's GCN with the sizes and the optimizer of a recipe."""
     assert isinstance(data.x, Tensor) and isinstance(data.y, Tensor)
-    model = PyGGCN(data.x.size(1), recipe.hidden, classes, recipe.dropout).to(data.x.device).train()
+    model = PyGGCN(data.x.size(1), recipe.hidden, classes, recipe.input_dropout, recipe.dropout).to(data.x.device).train()
     optimizer = torch.optim.Adam(model.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay)
 
     def step() -> None:

@@ -20,14 +20,14 @@ TRAINING_CONTAINER = 8
 
 
 class FakeQuantize(torch.autograd.Function):
-    """``step * code`` with the gradients of NUMERICS 2. Keeps the clip bits; with global gradients also ``x``."""
+    """``step * code`` with the gradients of NUMERICS 2. Keeps ``x`` for global gradients; for local ones the clip bits, if gradients are masked."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, step: Tensor, bits: Tensor, widths: Tensor, row: bool, signed: bool, local: bool, masked: bool) -> Tensor:
         ctx.row, ctx.signed, ctx.local, ctx.masked, ctx.dtypes = row, signed, local, masked, (step.dtype, bits.dtype)
         wanted = local and (ctx.needs_input_grad[1] or ctx.needs_input_grad[2])
         out, clip, grad_step, grad_bits = fake_quantize(x, step, widths, row, signed, wanted)
-        ctx.save_for_backward(clip, *((grad_step, grad_bits) if local else (x, step, widths)))
+        ctx.save_for_backward(*((clip if masked else None, grad_step, grad_bits) if local else (x, step, widths)))
         return out
 
     @staticmethod
@@ -37,7 +37,7 @@ class FakeQuantize(torch.autograd.Function):
             clip, grad_step, grad_bits = ctx.saved_tensors
             grad_x = (mask_clipped(grad, clip) if ctx.masked else grad) if ctx.needs_input_grad[0] else None
         else:
-            _, x, step, widths = ctx.saved_tensors
+            x, step, widths = ctx.saved_tensors
             grad_x, grad_step, grad_bits = fake_quantize_backward(grad, x, step, widths, ctx.row, ctx.signed)
             grad_x = grad_x if ctx.masked else grad
         return (
@@ -76,7 +76,7 @@ class QuantizedLinear(torch.autograd.Function):
         ctx.signed, ctx.masked, ctx.features, ctx.dtype = signed, masked, x.size(1), bits.dtype
         ctx.counts = uniform_counts(x.size(0), TRAINING_CONTAINER)
         data, clip, grad_step, grad_bits = quantize(x, step, widths, True, signed, None, ctx.counts, True)
-        ctx.save_for_backward(data, clip, step, weight, grad_step, grad_bits)
+        ctx.save_for_backward(data, clip if masked else None, step, weight, grad_step, grad_bits)
         return dequantize(data, step, True, signed, 0, None, ctx.counts, ctx.features) @ weight
 
     @staticmethod

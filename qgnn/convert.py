@@ -46,19 +46,19 @@ def _convert_children(module: nn.Module, scheme: Scheme, num_nodes: int | None) 
         if new is None:
             _convert_children(child, scheme, num_nodes)
         else:
-            new.train(child.training)
             setattr(module, name, new)
 
 
 def _converted(layer: nn.Module, scheme: Scheme, num_nodes: int | None) -> nn.Module | None:
     new: nn.Module
     if isinstance(layer, pyg.GCNConv | GCNConv):
-        if layer.in_channels < 1:
+        in_channels = layer.lin.in_channels  # PyG's lazy layers learn theirs here only
+        if in_channels < 1:
             raise ValueError(f"{layer} has not seen its input yet: run the model once before convert")
         if getattr(layer, "aggr", "add") not in ("add", "sum") or getattr(layer, "flow", "source_to_target") != "source_to_target":
             raise ValueError(f"{layer} has another aggregation or flow than a GCN's sum from source to target")
         new = GCNConv(
-            layer.in_channels, layer.out_channels, bool(layer.improved), bool(layer.cached), bool(layer.add_self_loops), bool(layer.normalize),
+            in_channels, layer.out_channels, bool(layer.improved), bool(layer.cached), bool(layer.add_self_loops), bool(layer.normalize),
             layer.bias is not None, scheme=scheme, num_nodes=num_nodes,
         )  # fmt: skip
     elif isinstance(layer, pyg.Linear | nn.Linear | Linear):
@@ -70,7 +70,7 @@ def _converted(layer: nn.Module, scheme: Scheme, num_nodes: int | None) -> nn.Mo
     else:
         return None
     first = next(layer.parameters())
-    new.to(first.device, first.dtype)
+    new.to(first.device, first.dtype).train(layer.training)
     missing, unexpected = new.load_state_dict({k: v for k, v in layer.state_dict().items() if not k.startswith("quantizer.")}, strict=False)
     if unexpected or any(not k.startswith("quantizer.") for k in missing):
         raise ValueError(f"{layer} has other parameters than PyG's: {unexpected or missing}")

@@ -147,12 +147,16 @@ def _digits(neighbours: int = 8, train: int = 20, val: int = 50) -> Dataset:
     """Each image is linked with its nearest neighbours and with those it is a neighbour of. ``train`` and ``val`` images of every digit are
     drawn for training and validation (200 and 500 in all); the other 1,097 are for testing."""
     from sklearn.datasets import load_digits
-    from sklearn.neighbors import kneighbors_graph
 
     pixels, labels = load_digits(return_X_y=True)
-    features = (pixels / 16).astype(np.float32)
-    near = kneighbors_graph(features, neighbours, mode="connectivity", include_self=False)
-    target, source = near.maximum(near.T).tocsr().sorted_indices().nonzero()
+    # Squared distances of whole pixel values are exact, and of equals the lower index comes first: the same graph everywhere. In
+    # scikit-learn's kneighbors_graph, rounding decides, which differs with the number of threads.
+    squares = (pixels * pixels).sum(1)
+    distance = squares[:, None] + squares - 2 * pixels @ pixels.T
+    np.fill_diagonal(distance, np.inf)
+    near = np.zeros(distance.shape, bool)
+    np.put_along_axis(near, distance.argsort(axis=1, kind="stable")[:, :neighbours], True, axis=1)
+    target, source = (near | near.T).nonzero()
     role = np.full(labels.size, 2)
     generator = np.random.default_rng(_SEED)
     for digit in range(10):
@@ -163,7 +167,7 @@ def _digits(neighbours: int = 8, train: int = 20, val: int = 50) -> Dataset:
         "digits",
         "digits",
         10,
-        torch.from_numpy(features),
+        torch.from_numpy((pixels / 16).astype(np.float32)),
         edges,
         torch.from_numpy(labels.astype(np.int64)),
         _masks(role),

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .graph import Graph
-from .integer import FreezeReport, IntegerLayer, IntegerModel, LayerReport, LayerSpec
+from .integer import FreezeReport, InputCoding, IntegerLayer, IntegerModel, LayerReport, LayerSpec
 from .kernels.packing import bucket_starts, container_of, uniform_counts
 from .nn import GCNConv, Linear
 from .qtensor import QTensor
@@ -30,15 +30,18 @@ _TAIL: dict[Callable[..., Any], str] = {
 class _Recorder(TorchFunctionMode):
     """Follows one tensor through a forward pass: layers by hooks, functions by interception. So plain Python forward code needs no tracing."""
 
-    def __init__(self, layers: dict[nn.Module, str]) -> None:
+    def __init__(self, layers: dict[nn.Module, str], edges: Tensor | Graph) -> None:
         super().__init__()
+        self.edges = edges
         self.layers, self.steps, self.inputs, self.outputs = layers, [], {}, {}  # type: ignore[var-annotated]
         self.current: Tensor | None = None
         self.inside = 0
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if self.inside or not isinstance(out, Tensor) or not any(a is self.current for a in args):
+        given = (*args, *(kwargs or {}).values())
+        followed = isinstance(out, Tensor) or func is Tensor.__setitem__
+        if self.inside or not followed or not any(a is self.current for a in given):
             return out
         if func in _IDENTITY:
             if func in (F.dropout, torch.dropout) and out is not self.current and not torch.equal(out, self.current):
@@ -46,23 +49,35 @@ class _Recorder(TorchFunctionMode):
         elif func in _RELU:
             self.steps.append("relu")
         elif func in _TAIL:
+            dim = (kwargs or {}).get("dim", args[1] if len(args) > 1 else None)
+            if dim not in (-1, 1, None):
+                raise ValueError(f"freeze takes {_TAIL[func]} over the classes, dim=-1, got dim={dim}")
             self.steps.append(_TAIL[func])
         else:
             raise ValueError(f"freeze cannot run {getattr(func, '__name__', func)} on integers; it takes chains of GCNConv, Linear, ReLU and dropout")
         self.current = out
         return out
 
-    def enter(self, layer: nn.Module, args: tuple[Any, ...]) -> None:
+    def enter(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.inside == 0:
-            if self.current is not None and args[0] is not self.current:
-                raise ValueError(f"layer {self.layers[layer]} does not take the output of the layer before it; freeze takes chains, without skip connections")
-            if len(args) > 2 and args[2] is not None:
-                raise ValueError(f"layer {self.layers[layer]} uses edge weights; integer sums have none")
+            name = self.layers[layer]
+            given = dict(zip(("x", "edge_index", "edge_weight"), args, strict=False)) | kwargs
+            if given["x"] is not self.current:
+                raise ValueError(f"layer {name} does not take the output of the layer before it; freeze takes chains, without skip connections")
+            if given.get("edge_weight") is not None:
+                raise ValueError(f"layer {name} uses edge weights; integer sums have none")
+            if isinstance(layer, GCNConv) and not self._same_edges(given["edge_index"]):
+                raise ValueError(f"layer {name} uses other edges than the model was given; freeze takes one graph for all layers")
             if layer in self.inputs:
-                raise ValueError(f"layer {self.layers[layer]} is used twice; freeze takes chains")
-            self.inputs[layer] = args[0]
+                raise ValueError(f"layer {name} is used twice; freeze takes chains")
+            if isinstance(layer, GCNConv | Linear) and layer.quantizer is not None and layer.quantizer.kind == "new":
+                raise ValueError(f"layer {name} has seen no data, so it has no steps yet; train the model first")
+            self.inputs[layer] = given["x"]
             self.steps.append(layer)
         self.inside += 1
+
+    def _same_edges(self, edges: Tensor | Graph) -> bool:
+        return edges is self.edges or (isinstance(edges, Tensor) and isinstance(self.edges, Tensor) and torch.equal(edges, self.edges))
 
     def leave(self, layer: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
         self.inside -= 1
@@ -73,16 +88,17 @@ class _Recorder(TorchFunctionMode):
 
 def _record(model: nn.Module, x: Tensor, edge_index: Tensor | Graph) -> tuple[_Recorder, Tensor]:
     layers = {m: name or "model" for name, m in model.named_modules() if isinstance(m, GCNConv | Linear)}
-    recorder = _Recorder(layers)
-    hooks = [m.register_forward_pre_hook(recorder.enter) for m in layers] + [m.register_forward_hook(recorder.leave) for m in layers]
-    training = model.training
+    recorder = _Recorder(layers, edge_index)
+    hooks = [m.register_forward_pre_hook(recorder.enter, with_kwargs=True) for m in layers] + [m.register_forward_hook(recorder.leave) for m in layers]
+    modes = {m: m.training for m in model.modules()}
     model.eval()
     try:
         with torch.no_grad(), recorder:
             recorder.current = x
             out = model(x, edge_index)
     finally:
-        model.train(training)
+        for module, training in modes.items():
+            module.training = training
         for hook in hooks:
             hook.remove()
     if out is not recorder.current:
@@ -96,9 +112,9 @@ def _frozen_layer(layer: GCNConv | Linear, name: str, x: Tensor, relu: bool) -> 
         raise ValueError(f"layer {name} is not quantized; convert the model with a scheme other than fp32 and train it first")
     weight = quantizer.weight_codes((layer.lin.weight if isinstance(layer, GCNConv) else layer.weight).detach())
     codes = quantizer.input_codes(x)
-    binary = quantizer.kind == "binary"
+    coding: InputCoding = "binary" if quantizer.kind == "binary" else "node" if isinstance(quantizer.input_bits(), Tensor) else "tensor"
     tensors = {"weight": weight.data, "weight_step": weight.step.contiguous()}
-    if not binary:
+    if coding != "binary":
         tensors |= {"input_step": codes.step.contiguous(), "input_bits": codes.bits.contiguous()}
     if layer.bias is not None:
         tensors["bias"] = layer.bias.detach().float().clone()
@@ -108,7 +124,7 @@ def _frozen_layer(layer: GCNConv | Linear, name: str, x: Tensor, relu: bool) -> 
         tensors |= {"operand_step": step.contiguous(), "operand_bits": bits.contiguous()}
         operand_container, normalize, add_self_loops = container_of(int(bits.max()), True), layer.normalize, layer.add_self_loops
     spec = LayerSpec(
-        name, "gcn" if isinstance(layer, GCNConv) else "linear", layer.in_channels, layer.out_channels, weight.container, operand_container, binary,
+        name, "gcn" if isinstance(layer, GCNConv) else "linear", layer.in_channels, layer.out_channels, weight.container, operand_container, coding,
         codes.signed, codes.zero, relu, normalize, add_self_loops,
     )  # fmt: skip
     return IntegerLayer(spec, tensors)
@@ -126,7 +142,7 @@ def freeze(model: nn.Module, data: Data) -> IntegerModel:
         The integer model; ``frozen.report`` compares it with the fake-quantized model on ``data``.
 
     Raises:
-        ValueError: a layer that is not quantized, a function that integers cannot run, edge weights, skip connections, NaN or infinity.
+        ValueError: a layer that is not quantized or has seen no data, a function that integers cannot run, edge weights, skip connections, NaN or infinity.
     """
     x, edge_index = data.x, data.edge_index
     if not isinstance(x, Tensor) or not isinstance(edge_index, Tensor | Graph):
@@ -168,7 +184,7 @@ def _report(frozen: IntegerModel, recorder: _Recorder, reference: Tensor) -> Fre
             LayerReport(
                 name=spec.name,
                 kind=spec.kind,
-                average_bits=float(state.bits.float().mean()),
+                average_bits=float(state.bits.float().mean()) if nodes else 0.0,
                 launches=launches,
                 code_bytes=state.code_nbytes,
                 input_fp32_bytes=4 * nodes * spec.in_channels,

@@ -41,14 +41,18 @@ class Graph:
             :meth:`add_self_loops` added are numbered after the caller's.
         num_nodes: destinations ``N``.
         num_sources: sources ``M``; equal to ``num_nodes`` unless the graph is bipartite.
+        given_edges: edges of the caller, ``E`` before :meth:`add_self_loops`.
         notes: tensors that users of the graph derived from it and want to keep with it.
 
     Edges are kept as given: duplicates and self loops stay. The transpose and the schedule are built when they are first needed, on the device of
     the graph, and kept. ``sort=False`` turns degree sorting, binning and hub splitting off, for comparison; results of integers do not change.
     """
 
-    def __init__(self, indptr: Tensor, indices: Tensor, perm: Tensor, num_sources: int, *, sort: bool = True) -> None:
+    def __init__(
+        self, indptr: Tensor, indices: Tensor, perm: Tensor, num_sources: int, *, sort: bool = True, given_edges: int | None = None
+    ) -> None:
         self.indptr, self.indices, self.perm = indptr, indices, perm
+        self.given_edges = indices.numel() if given_edges is None else given_edges
         self.num_nodes, self.num_sources, self.sort = indptr.numel() - 1, num_sources, sort
         self.notes: dict[Any, Tensor] = {}
 
@@ -119,7 +123,14 @@ class Graph:
     def of(cls, edges: Graph | Tensor, num_nodes: int | tuple[int, int]) -> Graph:
         """The graph itself, or the graph of an ``edge_index``, remembered until the tensor changes (in-place changes included) or dies."""
         if isinstance(edges, Graph):
+            if edges.num_sources != (num_nodes[0] if isinstance(num_nodes, tuple) else num_nodes):
+                raise ValueError(f"the graph has {edges.num_sources} nodes and x {num_nodes} rows; build it with num_nodes of x")
             return edges
+        if not isinstance(edges, Tensor) or edges.layout != torch.strided:
+            kind = f"a {edges.layout} tensor" if isinstance(edges, Tensor) else type(edges).__name__
+            raise TypeError(f"edge_index must be a dense torch.Tensor [2, E] or a qgnn.Graph, got {kind}")
+        if edges.is_inference():  # it has no version, so a change in place could not be seen
+            return cls.from_edge_index(edges, num_nodes)
         key = (edges._version, edges.data_ptr(), edges.shape, edges.stride(), num_nodes)
         known = _graphs.get(id(edges))
         if known is None or known[0]() is not edges or known[1] != key:
@@ -176,17 +187,28 @@ class Graph:
             raise ValueError("a bipartite graph has no self loops; pass add_self_loops=False")
         loop = self.indices == self.rows
         nodes = torch.arange(self.num_nodes, device=self.device)
-        loop_perm = self.num_edges + nodes
-        loop_perm[self.indices[loop].long()] = self.perm[loop]
+        kept = torch.full_like(nodes, -1).scatter_reduce(0, self.indices[loop].long(), self.perm[loop], "amax")
+        loop_perm = torch.where(kept < 0, self.given_edges + nodes, kept)
         rows = torch.cat([self.rows[~loop].long(), nodes])
         order = torch.argsort(rows, stable=True)
         indices = torch.cat([self.indices[~loop], nodes.to(torch.int32)])[order]
         indptr = torch.zeros(self.num_nodes + 1, dtype=torch.int64, device=self.device)
         torch.cumsum(torch.bincount(rows, minlength=self.num_nodes), 0, out=indptr[1:])
-        return Graph(_narrowed(indptr), indices, torch.cat([self.perm[~loop], loop_perm])[order], self.num_nodes, sort=self.sort)
+        perm = torch.cat([self.perm[~loop], loop_perm])[order]
+        return Graph(_narrowed(indptr), indices, perm, self.num_nodes, sort=self.sort, given_edges=self.given_edges)
 
     def edge_values(self, values: Tensor, fill: float = 1.0) -> Tensor:
-        """The caller's values of the edges ``[E_caller]`` in CSR order ``[E]``; self loops that were added get ``fill``."""
+        """The caller's values of the edges ``[given_edges]`` in CSR order ``[E]``; self loops that were added get ``fill``.
+
+        Raises:
+            TypeError, ValueError: ``values`` are not floats, not one for each of the caller's edges, or on another device.
+        """
+        if not isinstance(values, Tensor) or not values.is_floating_point():
+            raise TypeError(f"edge_weight must be a floating-point tensor, got {getattr(values, 'dtype', type(values).__name__)}")
+        if values.shape != (self.given_edges,):
+            raise ValueError(f"edge_weight must be [{self.given_edges}], one for each edge, got {tuple(values.shape)}")
+        if values.device != self.device:
+            raise ValueError(f"edge_weight is on {values.device} and the graph on {self.device}; move one with .to()")
         extra = values.new_full((self.num_nodes,), fill)
         return torch.cat([values, extra])[self.perm]
 
@@ -200,7 +222,8 @@ class Graph:
         """The same graph on another device; transpose and schedule are built there anew."""
         if torch.device(device) == self.device:
             return self
-        return Graph(self.indptr.to(device), self.indices.to(device), self.perm.to(device), self.num_sources, sort=self.sort)
+        moved = (self.indptr.to(device), self.indices.to(device), self.perm.to(device))
+        return Graph(*moved, self.num_sources, sort=self.sort, given_edges=self.given_edges)
 
     def __repr__(self) -> str:
         return f"Graph(num_nodes={self.num_nodes}, num_edges={self.num_edges}, device={str(self.device)!r})"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,11 +16,14 @@ from .kernels.affine import affine_codes_reference
 from .kernels.aggregate import aggregate_packed
 from .kernels.matmul import matmul_packed
 from .kernels.packing import bucket_rows, container_of, containers_of, pack_reference, uniform_counts
-from .qtensor import QTensor
+from .qtensor import QTensor, check_values
 from .quant.base import row_binary_codes
 
-TAIL_FUNCTIONS = {"relu": torch.relu, "log_softmax": lambda x: torch.log_softmax(x, -1), "softmax": lambda x: torch.softmax(x, -1)}
+TAIL_FUNCTIONS = {"log_softmax": lambda x: torch.log_softmax(x, -1), "softmax": lambda x: torch.softmax(x, -1)}
 """Float functions that may follow the last layer, over the last dimension."""
+
+
+InputCoding = Literal["binary", "node", "tensor"]
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,8 @@ class LayerSpec:
         kind: "gcn" or "linear".
         in_channels, out_channels: sizes.
         weight_container, operand_container: bits of one code of the weight and of the operand of the aggregation, 4 or 8.
-        binary: the input has rows of 0 and one constant, coded in 1 bit with that constant as step.
+        coding: of the input: "binary", rows of 0 and one constant, in 1 bit with that constant as step; "node", a step and width per node (A2Q);
+            "tensor", one affine quantizer for all.
         signed, zero: the codes of the input.
         relu: applied to the output.
         normalize, add_self_loops: of the graph convolution.
@@ -43,7 +48,7 @@ class LayerSpec:
     out_channels: int
     weight_container: int
     operand_container: int
-    binary: bool
+    coding: InputCoding
     signed: bool
     zero: int
     relu: bool
@@ -63,9 +68,9 @@ class _Rows:
 
 @dataclass(frozen=True)
 class _Place:
-    """A layer on one graph: the graph it sums over, its factor ``D^-1/2``, and the rows of its input (None for "binary")."""
+    """A layer on one graph: its factor ``D^-1/2``, and the rows of its input (None for "binary"). It does not hold the graph, which it would keep
+    alive in :meth:`IntegerModel.places`."""
 
-    graph: Graph
     factor: Tensor | None
     rows: _Rows | None
 
@@ -91,6 +96,10 @@ class IntegerLayer(nn.Module):
         for name in ("weight", "weight_step", "bias", "operand_step", "operand_bits", "input_step", "input_bits"):
             self.register_buffer(name, tensors.get(name))
 
+    def graph(self, base: Graph) -> Graph:
+        """The graph that the layer sums over."""
+        return base.with_self_loops if self.spec.add_self_loops else base
+
     def place(self, base: Graph) -> _Place:
         """What the layer needs to know of a graph, computed once.
 
@@ -98,18 +107,19 @@ class IntegerLayer(nn.Module):
             ValueError: the layer has steps for another number of nodes, or a sum could overflow int32.
         """
         spec = self.spec
-        graph = base.with_self_loops if spec.add_self_loops else base
+        graph = self.graph(base)
+        ops.check_product_headroom(spec.in_channels)
         if spec.kind == "gcn":
             ops.check_headroom(graph, spec.operand_container - 1)
-        return _Place(graph, graph.inv_sqrt_degree if spec.normalize else None, self._rows(graph.num_nodes))
+        return _Place(graph.inv_sqrt_degree if spec.normalize else None, self._rows(graph.num_nodes))
 
     def _rows(self, nodes: int) -> _Rows | None:
         if self.input_step is None or self.input_bits is None:
             return None
-        if self.input_step.numel() not in (1, nodes):
+        if self.spec.coding == "node" and self.input_step.numel() != nodes:
             raise ValueError(f"layer {self.spec.name} has steps for {self.input_step.numel()} nodes, the graph has {nodes}: node-level A2Q is tied to its graph")
         step, bits = self.input_step.expand(nodes).contiguous(), self.input_bits.expand(nodes).contiguous()
-        counts, pos = bucket_rows(containers_of(bits, self.spec.signed)) if self.input_bits.numel() > 1 else (self._uniform(nodes), None)
+        counts, pos = bucket_rows(containers_of(bits, self.spec.signed)) if self.spec.coding == "node" else (self._uniform(nodes), None)
         return _Rows(step, bits, counts, pos)
 
     def _uniform(self, nodes: int) -> list[int]:
@@ -120,31 +130,37 @@ class IntegerLayer(nn.Module):
         """Codes of a float input ``[N, in]``.
 
         Raises:
-            ValueError: a binary layer gets rows of several nonzero values; NaN or infinity.
+            ValueError: ``x`` has another shape; a binary layer gets rows of several nonzero values; NaN or infinity.
         """
+        if not isinstance(x, Tensor) or x.dim() != 2 or x.size(1) != self.spec.in_channels:
+            shape = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
+            raise ValueError(f"x of layer {self.spec.name} must be a tensor [N, {self.spec.in_channels}], got {shape}")
+        x = x.float()
         if rows is None:
             codes = row_binary_codes(x)
             return QTensor.quantize(x, codes.step, codes.bits.float(), signed=False)
-        if self.input_step is not None and self.input_step.numel() > 1:
+        if self.spec.coding == "node":
             return QTensor.quantize(x if self.spec.signed else x.clamp_min(0), rows.step, rows.bits.float(), signed=self.spec.signed)
+        assert self.input_step is not None and self.input_bits is not None
+        check_values(x, self.input_step)
         zero = torch.tensor(self.spec.zero, dtype=torch.int32, device=x.device)
-        codes_, _ = affine_codes_reference(x, rows.step[:1], zero, int(rows.bits[0]))
+        codes_, _ = affine_codes_reference(x, self.input_step, zero, int(self.input_bits))
         data = pack_reference(codes_, rows.pos, rows.counts)
         return QTensor(data, rows.step, rows.bits, "row", False, x.size(1), tuple(rows.counts), rows.pos, self.spec.zero)
 
     @property
     def fuses(self) -> bool:
         """Whether the layer before can write this layer's codes in its epilogue."""
-        return not self.spec.binary and self.spec.zero == 0
+        return self.spec.coding != "binary" and self.spec.zero == 0
 
-    def run(self, x: QTensor, place: _Place, following: tuple[IntegerLayer, _Place] | None) -> QTensor | Tensor:
+    def run(self, x: QTensor, base: Graph, place: _Place, following: tuple[IntegerLayer, _Place] | None) -> QTensor | Tensor:
         """Runs the layer. With ``following``, the next layer and its place, the output is that layer's packed input; else float32 ``[N, out]``."""
         spec = self.spec
         if spec.kind == "linear":
             return self._product(x, "float", x.step, self.bias, spec.relu)
         scale = x.step if place.factor is None else x.step * place.factor
         operand = self._product(x, "packed", scale, None, False)
-        graph, nodes = place.graph, place.graph.num_nodes
+        graph, nodes = self.graph(base), base.num_nodes
         rows = following[1].rows if following is not None else None
         out = aggregate_packed(
             graph.indptr, graph.indices, list(graph.schedule), operand, spec.operand_container, nodes, spec.out_channels, True,
@@ -239,6 +255,14 @@ class IntegerModel(nn.Module):
         self.report: FreezeReport | None = None
         self._places: weakref.WeakKeyDictionary[Graph, list[_Place]] = weakref.WeakKeyDictionary()
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> IntegerModel:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._places.clear()
+        device = self.chain[0].weight.device
+        if self.bound is not None and self.bound.x.device != device:
+            self.bound = Bound(self.bound.x.to(device), self.bound.graph.to(device))
+        return self
+
     @property
     def chain(self) -> list[IntegerLayer]:
         """The layers in the order in which they run."""
@@ -260,7 +284,7 @@ class IntegerModel(nn.Module):
         """Logits, float32 ``[N, out]``, of ``x`` and ``edge_index``, or of what was bound.
 
         Raises:
-            ValueError: nothing is bound and nothing is given.
+            ValueError: nothing is bound and nothing is given, or only one of ``x`` and ``edge_index``; ``x`` does not fit.
         """
         out = self.trace(x, edge_index)[-1]
         assert isinstance(out, Tensor)
@@ -271,13 +295,17 @@ class IntegerModel(nn.Module):
     def trace(self, x: Tensor | None = None, edge_index: Tensor | Graph | None = None) -> list[QTensor | Tensor]:
         """The packed input of every layer, then the output of the last: what :meth:`forward` computes on the way."""
         layers = self.chain
+        if (x is None) != (edge_index is None):
+            raise ValueError("pass both x and edge_index, or neither to run on what was bound")
         if x is None or edge_index is None:
             if self.bound is None:
                 raise ValueError("the model has no data bound: pass x and edge_index, or call bind(x, edge_index) first")
             state: QTensor | Tensor = self.bound.x
-            places = self.places(self.bound.graph)
+            graph = self.bound.graph
+            places = self.places(graph)
         else:
-            places = self.places(Graph.of(edge_index, x.size(0)))
+            graph = Graph.of(edge_index, x.size(0))
+            places = self.places(graph)
             state = layers[0].pack_input(x, places[0].rows)
         states: list[QTensor | Tensor] = []
         for i, (layer, place) in enumerate(zip(layers, places, strict=True)):
@@ -285,7 +313,7 @@ class IntegerModel(nn.Module):
                 state = layer.pack_input(state, place.rows)
             states.append(state)
             following = (layers[i + 1], places[i + 1]) if i + 1 < len(layers) and layers[i + 1].fuses else None
-            state = layer.run(state, place, following)
+            state = layer.run(state, graph, place, following)
         return [*states, state]
 
     def launches(self) -> list[int]:

@@ -16,6 +16,7 @@ class GCN(torch.nn.Module):
         in_channels, hidden, out_channels: features of a node, of the maps between layers, and classes.
         num_layers: number of ``GCNConv`` layers, at least 1.
         dropout: chance that an input of a layer is set to zero in training.
+        input_dropout: the same for the features, the input of the first layer; by default ``dropout``.
         scheme: how it is quantized, see :mod:`qgnn.quant.scheme`.
         num_nodes: nodes of the graph; schemes that learn a step and a width for every node (``"a2q"``) need it.
     """
@@ -29,12 +30,14 @@ class GCN(torch.nn.Module):
         dropout: float = 0.5,
         scheme: str = "fp32",
         num_nodes: int | None = None,
+        input_dropout: float | None = None,
     ) -> None:
         super().__init__()
         if num_layers < 1:
             raise ValueError(f"num_layers must be at least 1, got {num_layers}")
         sizes = [in_channels, *[hidden] * (num_layers - 1), out_channels]
         self.dropout = dropout
+        self.input_dropout = dropout if input_dropout is None else input_dropout
         self.convs = torch.nn.ModuleList(
             GCNConv(sizes[i], sizes[i + 1], scheme=scheme, num_nodes=num_nodes) for i in range(num_layers)
         )
@@ -44,6 +47,6 @@ class GCN(torch.nn.Module):
         for i, conv in enumerate(self.convs):
             if i:
                 x = F.relu(x)
-            x = F.dropout(x, p=self.dropout, training=self.training)
+            x = F.dropout(x, p=self.dropout if i else self.input_dropout, training=self.training)
             x = conv(x, edge_index)
         return x

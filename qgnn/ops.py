@@ -28,6 +28,12 @@ def _debug() -> bool:
     return os.environ.get("QGNN_DEBUG") == "1"
 
 
+def _along(bits: Tensor | float, steps: Tensor) -> Tensor:
+    """The real widths, which take a gradient, as a vector like ``steps``."""
+    real = bits if isinstance(bits, Tensor) else torch.tensor(float(bits), device=steps.device)
+    return real.reshape(-1).expand(steps.shape)
+
+
 def fake_quantize(
     x: Tensor,
     step: Tensor | float,
@@ -61,9 +67,7 @@ def fake_quantize(
     steps, widths = check_parameters(x, step, bits, axis)
     if _debug():
         check_values(x, steps)
-    real = bits if isinstance(bits, Tensor) else torch.tensor(float(bits), device=x.device)
-    real = real.reshape(-1).expand(steps.shape)
-    return autograd.FakeQuantize.apply(x, steps, real, widths, axis == "row", signed, gradient == "local", ste == "clip")  # type: ignore[no-any-return, no-untyped-call]
+    return autograd.FakeQuantize.apply(x, steps, _along(bits, steps), widths, axis == "row", signed, gradient == "local", ste == "clip")  # type: ignore[no-any-return, no-untyped-call]
 
 
 def fake_quantize_affine(
@@ -85,31 +89,36 @@ def fake_quantize_affine(
         raise ValueError("x must be a 2-D floating-point tensor [nodes, features]")
     if not 2 <= bits <= 8:
         raise ValueError(f"an affine quantizer has 2 to 8 bits, got {bits}")
+    for name, value in (("scale", scale), ("zero", zero)):
+        if not isinstance(value, Tensor) or value.numel() != 1 or value.device != x.device:
+            raise ValueError(f"{name} must be a tensor of one element on {x.device}")
     if protect is not None and (protect.dtype != torch.bool or protect.shape != (x.size(0),)):
         raise ValueError(f"protect must be bool of shape [{x.size(0)}], got {protect.dtype} {tuple(protect.shape)}")
     return autograd.FakeQuantizeAffine.apply(x, scale.float(), zero.to(torch.int32), bits, protect, ste == "clip")  # type: ignore[no-any-return, no-untyped-call]
 
 
 def quantized_linear(
-    x: Tensor, weight: Tensor, step: Tensor, bits: Tensor, *, signed: bool = True, ste: Literal["clip", "pass"] = "clip"
+    x: Tensor, weight: Tensor, step: Tensor | float, bits: Tensor | float, *, signed: bool = True, ste: Literal["clip", "pass"] = "clip"
 ) -> Tensor:
     """``fake_quantize(x, step, bits, gradient="local") @ weight``, keeping packed codes and clip bits for backward, not ``x`` (NUMERICS 2).
 
     Args:
         x: ``[N, K]`` float32.
         weight: ``[K, M]``, already quantized.
-        step, bits: ``[N]``, per node.
+        step, bits: ``[N]``, per node, or a number.
 
     Returns:
         ``[N, M]``.
     """
     _check_choice("ste", ste, ("clip", "pass"))
     steps, widths = check_parameters(x, step, bits, "row")
+    if x.dtype not in (torch.float32, torch.float64) or weight.dtype != x.dtype:
+        raise TypeError(f"x and weight must be float32, got {x.dtype} and {weight.dtype}")
     if weight.dim() != 2 or weight.size(0) != x.size(1):
         raise ValueError(f"weight must be [{x.size(1)}, M] for x {tuple(x.shape)}, got {tuple(weight.shape)}")
     if _debug():
         check_values(x, steps)
-    return autograd.QuantizedLinear.apply(x, steps, bits, widths, weight, signed, ste == "clip")  # type: ignore[no-any-return, no-untyped-call]
+    return autograd.QuantizedLinear.apply(x, steps, _along(bits, steps), widths, weight, signed, ste == "clip")  # type: ignore[no-any-return, no-untyped-call]
 
 
 def aggregate(
@@ -121,7 +130,7 @@ def aggregate(
         g: the graph; ``N`` destinations, ``M`` sources.
         x: ``[M, F]``; a float tensor (differentiable), or a QTensor: with steps per column the codes are summed in int32, exactly; with steps per
             row in float32, in a fixed order.
-        edge_weight: ``[E]`` in the caller's order of edges, differentiable for float ``x``.
+        edge_weight: ``[E]`` in the caller's order of edges, differentiable for float ``x``; self loops that ``g.add_self_loops()`` added weigh 1.
         reduce: empty rows give 0. "max" and "min" take float ``x`` only.
 
     Returns:
@@ -131,17 +140,17 @@ def aggregate(
         TypeError, ValueError: shapes, dtypes or devices that do not fit, or a sum that int32 could not hold.
     """
     _check_choice("reduce", reduce, REDUCTIONS)
+    if not isinstance(g, Graph):
+        raise TypeError(f"g must be a qgnn.Graph, got {type(g).__name__}; make one with Graph.from_edge_index(edge_index, num_nodes)")
+    if not isinstance(x, Tensor | QTensor):
+        raise TypeError(f"x must be a torch.Tensor or a QTensor, got {type(x).__name__}")
     features = x.shape[1] if len(x.shape) == 2 else -1
     if len(x.shape) != 2 or x.shape[0] != g.num_sources:
         raise ValueError(f"x must be [{g.num_sources}, F] for {g}, got shape {tuple(x.shape)}")
     if x.device != g.device:
         raise ValueError(f"x is on {x.device} and the graph on {g.device}; move one with .to()")
     if edge_weight is not None:
-        if edge_weight.shape != (g.num_edges,):
-            raise ValueError(f"edge_weight must be [{g.num_edges}], got {tuple(edge_weight.shape)}")
-        if not edge_weight.is_floating_point():
-            raise TypeError(f"edge_weight must be a floating-point tensor, got {edge_weight.dtype}")
-        edge_weight = edge_weight[g.perm]
+        edge_weight = g.edge_values(edge_weight)
     if isinstance(x, QTensor):
         return _aggregate_quantized(g, x, edge_weight, reduce, features)
     if not x.is_floating_point():
@@ -232,4 +241,4 @@ def _product(x: QTensor, w: QTensor, bias: Tensor | None, output: str) -> Tensor
 def check_product_headroom(features: int) -> None:
     """Raises ValueError if ``features`` products of 8-bit codes could overflow int32: ``features * 255 * 128 < 2^31``."""
     if features * 255 * 128 >= _INT32_LIMIT:
-        raise ValueError(f"{features} products of 8-bit codes could overflow int32; split the features into blocks below 65,793")
+        raise ValueError(f"{features} products of 8-bit codes could overflow int32; split the features into blocks of at most 65,793")

@@ -109,12 +109,15 @@ class QTensor:
         x = x.float() if isinstance(x, Tensor) and x.dtype == torch.float64 else x
         steps, widths = check_parameters(x, step, bits, axis)
         check_values(x, steps)
+        if not bool(torch.isfinite(torch.as_tensor(bits)).all()):
+            raise ValueError("bits has values that are not finite; widths are 0 to 8")
         if not signed and bool((x < 0).any()):
             place = (x < 0).nonzero()[0].tolist()
             raise ValueError(f"x{place} is negative; pass signed=True")
         counts, pos = storage_of(widths, axis, signed, x.size(0))
         data, *_ = quantize(x, steps, widths, axis == "row", signed, pos, counts, False)
-        return cls(data, steps, widths, axis, signed, x.size(1), tuple(counts), pos)
+        # A copy: the tensor must not change when the caller's steps do.
+        return cls(data, steps.detach().clone(), widths, axis, signed, x.size(1), tuple(counts), pos)
 
     @property
     def shape(self) -> torch.Size:

@@ -18,12 +18,15 @@ class Recipe:
     Attributes:
         epochs: of quantized training; of FP32 training for "fp32".
         warmup: epochs in FP32 before the quantizers start.
-        hidden, dropout: of the model.
+        hidden, dropout, input_dropout: of the model; the dropout of the features is ``input_dropout``.
         normalize_features: divide each row of the features by its sum.
         lr, weight_decay, weight_decay_rest: Adam on the weights; the decay of the first layer, and of the others.
         lr_bits, lr_step, lr_weight_step, lr_operand_step: learning rates of widths, and of the logarithms of the steps of features, weights and operands.
-        initial_bits: widths start uniformly within 0.5 of it, so that they round to two neighbouring widths in the wanted mean.
+        quantized_lr, quantized_dropout: learning rate of the weights, and ``dropout``, once the quantizers have started.
+        initial_bits: mean of the widths at the start.
+        bits_share: share of the quantized epochs in which widths learn; then they are fixed, and steps and weights settle.
         smallest_bits: lower limit of the learned widths.
+        distill: weight of the cross entropy of all nodes against the predictions of the warmed-up FP32 model, which are computed once.
         penalty: factor of the memory penalty (A2Q eq. 6), on the excess over ``target_bits`` in KB.
         target_bits: mean width at which the penalty starts.
         bits_limit: epochs with a larger mean width are never the best.
@@ -34,6 +37,7 @@ class Recipe:
     warmup: int = 0
     hidden: int = 16
     dropout: float = 0.5
+    input_dropout: float = 0.5
     normalize_features: bool = True
     lr: float = 0.01
     weight_decay: float = 5e-4
@@ -42,8 +46,12 @@ class Recipe:
     lr_step: float = 0.0
     lr_weight_step: float = 0.0
     lr_operand_step: float = 0.0
+    quantized_lr: float = 0.01
+    quantized_dropout: float = 0.5
     initial_bits: float = 4.0
+    bits_share: float = 1.0
     smallest_bits: float = 0.0
+    distill: float = 0.0
     penalty: float = 0.0
     target_bits: float = 0.0
     bits_limit: float = 8.0
@@ -67,26 +75,31 @@ class Recipe:
         return replace(scheme, **self.overrides)
 
 
-_CITATION = Recipe()
+_FP32 = Recipe(epochs=200, hidden=32, dropout=0.5, input_dropout=0.8, weight_decay=1e-3)
+_QUANTIZED = replace(_FP32, epochs=100, warmup=150, quantized_lr=0.005, quantized_dropout=0.0, distill=10.0)
 _A2Q = replace(
-    _CITATION, epochs=200, warmup=100, hidden=32, lr_bits=0.02, lr_step=0.02, lr_weight_step=0.01, lr_operand_step=0.01, initial_bits=1.7, smallest_bits=1.0,
-    penalty=30.0, target_bits=1.65, bits_limit=1.75,
+    _QUANTIZED, lr_bits=0.02, lr_step=0.02, lr_weight_step=0.01, lr_operand_step=0.01, initial_bits=1.75, smallest_bits=1.0, bits_share=0.3,
+    penalty=30.0, target_bits=1.6, bits_limit=1.75,
 )  # fmt: skip
-_QAT = replace(_CITATION, warmup=100)
+
+_DIGITS = {"hidden": 32, "input_dropout": 0.2, "dropout": 0.3, "normalize_features": False}
 
 RECIPES: dict[tuple[str, str, str], Recipe] = {
-    ("gcn", "fp32", "Cora"): _CITATION,
-    ("gcn", "a2q", "Cora"): _A2Q,
-    ("gcn", "a2q", "CiteSeer"): replace(_A2Q, initial_bits=1.8, target_bits=1.8, bits_limit=1.9),
-    ("gcn", "qat", "Cora"): _QAT,
-    ("gcn", "dq", "Cora"): _QAT,
+    ("gcn", "fp32", "citation"): _FP32,
+    ("gcn", "a2q", "citation"): _A2Q,
+    ("gcn", "qat", "citation"): _QUANTIZED,
+    ("gcn", "dq", "citation"): _QUANTIZED,
+    ("gcn", "fp32", "digits"): replace(_FP32, **_DIGITS),
+    ("gcn", "a2q", "digits"): replace(_A2Q, **_DIGITS, initial_bits=2.0, target_bits=1.9, bits_limit=2.25),
+    ("gcn", "qat", "digits"): replace(_QUANTIZED, **_DIGITS),
+    ("gcn", "dq", "digits"): replace(_QUANTIZED, **_DIGITS),
 }
-"""By (model, method or scheme, data set or family)."""
+"""By (model, name or method of the scheme, data set or its family)."""
 
 
 def recipe_for(model: str, scheme: Scheme, dataset: Dataset) -> Recipe:
     """The recipe of a data set, else of its family, else of the citation networks; of the scheme's name, else of its method."""
-    for place in (dataset.name, dataset.family, "Cora"):
+    for place in (dataset.name, dataset.family, "citation"):
         for name in (scheme.name, scheme.method):
             if (model, name, place) in RECIPES:
                 return RECIPES[model, name, place]

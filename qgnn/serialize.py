@@ -7,7 +7,7 @@ import os
 import tempfile
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -74,10 +74,15 @@ def _description(metadata: dict[str, str]) -> dict[str, Any]:
 
 
 def _built(description: dict[str, Any], tensors: dict[str, Tensor]) -> IntegerModel:
-    layers = []
+    layers: list[IntegerLayer] = []
     for i, entry in enumerate(description["layers"]):
         if set(entry) != {f.name for f in fields(LayerSpec)}:
             raise ValueError(f"layer {i} is described by {sorted(entry)}")
+        for name, hint in get_type_hints(LayerSpec).items():
+            if entry[name] not in get_args(hint) if get_args(hint) else type(entry[name]) is not hint:
+                raise ValueError(f"layer {i} has {name} {entry[name]!r}")
+        if layers and entry["in_channels"] != layers[-1].spec.out_channels:
+            raise ValueError(f"layer {i} takes {entry['in_channels']} features, the one before gives {layers[-1].spec.out_channels}")
         prefix = f"layers.{i}."
         own = {name[len(prefix) :]: tensors.pop(name) for name in list(tensors) if name.startswith(prefix)}
         layers.append(_layer(LayerSpec(**entry), own))
@@ -91,15 +96,17 @@ def _built(description: dict[str, Any], tensors: dict[str, Tensor]) -> IntegerMo
 
 
 def _layer(spec: LayerSpec, tensors: dict[str, Tensor]) -> IntegerLayer:
-    if spec.kind not in ("gcn", "linear") or spec.weight_container not in (4, 8) or spec.operand_container not in (4, 8):
-        raise ValueError(f"layer {spec.name} has kind {spec.kind!r} and containers {spec.weight_container}, {spec.operand_container}")
+    if spec.weight_container not in (4, 8) or spec.operand_container not in (4, 8):
+        raise ValueError(f"layer {spec.name} has containers of {spec.weight_container} and {spec.operand_container} bits")
+    if min(spec.in_channels, spec.out_channels) < 1 or not 0 <= spec.zero <= 255:
+        raise ValueError(f"layer {spec.name} has sizes {spec.in_channels}, {spec.out_channels} and zero point {spec.zero}")
     out = (spec.out_channels,)
     packed = bucket_starts(uniform_counts(spec.out_channels, spec.weight_container), spec.in_channels)[-1]
     wanted: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {"weight": (torch.uint8, (packed,)), "weight_step": (torch.float32, out)}
     if spec.kind == "gcn":
         wanted |= {"operand_step": (torch.float32, out), "operand_bits": (torch.uint8, out)}
-    if not spec.binary:
-        nodes = tensors["input_step"].numel()
+    if spec.coding != "binary":
+        nodes = tensors["input_step"].numel() if spec.coding == "node" and "input_step" in tensors else 1
         wanted |= {"input_step": (torch.float32, (nodes,)), "input_bits": (torch.uint8, (nodes,))}
     if "bias" in tensors:
         wanted["bias"] = (torch.float32, out)
@@ -109,7 +116,7 @@ def _layer(spec: LayerSpec, tensors: dict[str, Tensor]) -> IntegerLayer:
     for name in ("weight_step", "operand_step", "input_step"):
         if name in tensors and not bool((torch.isfinite(tensors[name]) & (tensors[name] > 0)).all()):
             raise ValueError(f"layer {spec.name}: {name} has values that are not positive and finite")
-    for name in ("operand_bits", "input_bits"):
-        if name in tensors and tensors[name].numel() and int(tensors[name].max()) > 8:
-            raise ValueError(f"layer {spec.name}: {name} has widths above 8")
+    for name, limit in (("operand_bits", spec.operand_container), ("input_bits", 8)):
+        if name in tensors and tensors[name].numel() and int(tensors[name].max()) > limit:
+            raise ValueError(f"layer {spec.name}: {name} has widths above {limit}")
     return IntegerLayer(spec, tensors)

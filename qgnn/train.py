@@ -9,7 +9,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -117,6 +117,7 @@ class Trainer:
         self.total = self.warmup + recipe.epochs
         self.optimizer = torch.optim.Adam(parameter_groups(model, recipe))
         self.progress = _Progress()
+        self.teacher: Tensor | None = None
         quant.set_enabled(model, False)
 
     def run(self, checkpoint: Path | None = None, progress: Callable[[int, int], None] | None = None) -> None:
@@ -160,6 +161,9 @@ class Trainer:
         Raises:
             TrainingError: the loss is not finite.
         """
+        if epoch == self.warmup + round(self.recipe.bits_share * self.recipe.epochs):
+            for group in self.optimizer.param_groups:
+                group["lr"] = 0.0 if group["kind"] == "bits" else group["lr"]
         self.model.train()
         loss = self._loss(epoch)
         self.optimizer.zero_grad(set_to_none=True)
@@ -174,6 +178,8 @@ class Trainer:
         recipe, data = self.recipe, self.data
         out = self.model(data.x, data.edge_index)
         loss = F.cross_entropy(out[data.train_mask], data.y[data.train_mask])
+        if self.teacher is not None:
+            loss = loss + recipe.distill * F.cross_entropy(out, self.teacher)
         if epoch >= self.warmup and recipe.penalty:
             layers = list(learned_layers(self.model))
             if layers:
@@ -182,14 +188,24 @@ class Trainer:
         return loss
 
     def start_quantization(self) -> None:
-        """Restores the best warm-up weights, switches the quantizers on and lets them take their steps and ranges from the whole graph."""
+        """Restores the best warm-up weights, keeps their predictions as the teacher's, switches the quantizers on and lets them take their steps and
+        ranges from the whole graph."""
         if self.progress.warm.key is not None:
             self.model.load_state_dict(self.progress.warm.state)
+            if self.recipe.distill:
+                self.teacher = F.softmax(self._forward_eval(), 1)
         for module in self.model.modules():
             if isinstance(module, A2QQuantizer):
-                nn.init.uniform_(module.bits, self.recipe.initial_bits - 0.5, self.recipe.initial_bits + 0.5)
-        quant.set_enabled(self.model, True)
+                module.initial_bits = self.recipe.initial_bits
+        self._enable_quantization()
         self._forward_eval()
+
+    def _enable_quantization(self) -> None:
+        recipe = self.recipe
+        quant.set_enabled(self.model, True)
+        if isinstance(self.model, GCN):
+            self.model.dropout = recipe.quantized_dropout
+        self.optimizer = torch.optim.Adam(parameter_groups(self.model, replace(recipe, lr=recipe.quantized_lr)))
 
     @torch.no_grad()
     def _forward_eval(self) -> Tensor:
@@ -231,6 +247,7 @@ class Trainer:
             "enabled": self.progress.epoch > self.warmup,
             "optimizer": self.optimizer.state_dict(),
             "progress": asdict(self.progress),
+            "teacher": self.teacher,
             "rng": torch.get_rng_state(),
         }
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -250,8 +267,10 @@ class Trainer:
         if state.get("recipe") != asdict(self.recipe):
             raise ValueError(f"checkpoint {path} belongs to other settings; delete it or choose another folder")
         self.model.load_state_dict(state["model"])
-        quant.set_enabled(self.model, state["enabled"])
+        if state["enabled"] and self.quantized:
+            self._enable_quantization()
         self.optimizer.load_state_dict(state["optimizer"])
+        self.teacher = state["teacher"]
         progress = state["progress"]
         self.progress = _Progress(**{**progress, "best": _best(progress["best"]), "warm": _best(progress["warm"])})
         torch.set_rng_state(state["rng"])
@@ -328,7 +347,7 @@ def build(model: str, scheme: quant.Scheme, dataset: Dataset, recipe: Recipe) ->
         raise ValueError(f"there is no model {model!r}; choose one of {', '.join(MODELS)}")
     x = dataset.data.x
     assert isinstance(x, Tensor)
-    return GCN(x.size(1), recipe.hidden, dataset.num_classes, dropout=recipe.dropout, scheme=recipe.scheme(scheme), num_nodes=x.size(0))
+    return GCN(x.size(1), recipe.hidden, dataset.num_classes, dropout=recipe.dropout, input_dropout=recipe.input_dropout, scheme=recipe.scheme(scheme), num_nodes=x.size(0))
 
 
 def _record(trainer: Trainer, dataset: Dataset, model: str, scheme: quant.Scheme, seed: int) -> dict[str, Any]:

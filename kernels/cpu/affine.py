@@ -57,8 +57,8 @@ def fake_quantize_affine(
     out, outside = torch.empty(x.shape, dtype=wide.dtype), torch.empty(n, (f + 7) // 8, dtype=torch.uint8)
     view = array(wide)
     arguments = (
-        view, array(scale.to(wide.dtype)).reshape(1), array(zero.to(torch.int32)).reshape(1), view.dtype.type((1 << bits) - 1),
-        optional(protect, torch.bool), out.numpy(), outside.numpy(),
+        view, array(scale.to(wide.dtype)).reshape(1), array(zero.to(torch.int32)).reshape(1), view.dtype.type((1 <<
+        bits) - 1), optional(protect, torch.bool), out.numpy(), outside.numpy(),
     )  # fmt: skip
     parts = parts_for(x.numel())
     if parts > 1:

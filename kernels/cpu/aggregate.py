@@ -1,7 +1,8 @@
 """Numba kernels of :mod:`qgnn.kernels.aggregate`.
 
-Rows run in their natural order, in ranges of equal work; each row is summed in the order of its edges. Only the hubs of the schedule are taken
-out: their segments run apart, each into a slot, and the slots are added in order. So the sums do not depend on the number of threads.
+Rows run in their natural order, in ranges of equal work; each row is summed in the order of its edges. Only the hubs of
+the schedule are taken out: their segments run apart, each into a slot, and the slots are added in order. So the sums do
+not depend on the number of threads.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from .common import (
     empty_packed,
     epilogue_row,
     even_bounds,
+    inlined,
     kernel,
     largest_code,
     optional,
@@ -63,6 +65,9 @@ from .gather import (
     sum_64,
     sum_128,
 )
+
+ROWS = 32
+"""Rows of sums that are finished together; at F = 128 they fill half of a first-level cache."""
 
 OUTPUTS = {"acc": 0, "float": 1, "packed": 2}
 
@@ -111,12 +116,10 @@ class _Plan:
         return _split(self.indptr, self.parts, self.hub)  # type: ignore[no-any-return]
 
 
-# --- float sums -----------------------------------------------------------------------------------------------------------------------------
-
-
-@kernel
+@inlined
 def _sum_row(first, last, indices, x, step, weight, out, i):
-    """``out[i]`` = sum of ``weight[e] * step[source] * x[source]`` over the edges ``first`` to ``last``, in their order."""
+    """``out[i]`` = sum of ``weight[e] * step[source] * x[source]`` over the edges ``first`` to ``last``, in their
+    order."""
     f = x.shape[1]
     k = 0
     while k + 128 <= f:
@@ -144,7 +147,7 @@ def _sum_row(first, last, indices, x, step, weight, out, i):
         sum_1(indices, first, last, x, k, step, weight, out, i)
 
 
-@kernel
+@inlined
 def _finish_sum(i, degree, mean, row_scale, bias, relu, out):
     f = out.shape[1]
     if mean:
@@ -199,8 +202,8 @@ def _sum_parallel(
 
 
 def _run_sum(
-    indptr: Tensor, indices: Tensor, schedule: Sequence[Tensor], x: Array, step: Array | None, weight: Array | None, mean: bool, row_scale: Array, bias: Array,
-    relu: bool, out: Array,
+    indptr: Tensor, indices: Tensor, schedule: Sequence[Tensor], x: Array, step: Array | None, weight: Array | None,
+    mean: bool, row_scale: Array, bias: Array, relu: bool, out: Array,
 ) -> None:  # fmt: skip
     plan = _Plan(indptr, indices, schedule, x.shape[1])
     slots = np.empty((plan.slots, x.shape[1]), out.dtype)
@@ -208,8 +211,8 @@ def _run_sum(
         cuts = even_bounds(plan.segments.shape[0], plan.parts)
         with parallel_lock:
             _sum_parallel(
-                plan.row_bounds(), cuts, plan.indptr, plan.indices, plan.hub, plan.segments, x, step, weight, mean, row_scale, bias, relu, out,
-                slots,
+                plan.row_bounds(), cuts, plan.indptr, plan.indices, plan.hub, plan.segments, x, step, weight, mean,
+                row_scale, bias, relu, out, slots,
             )  # fmt: skip
     else:
         if plan.slots:
@@ -217,9 +220,6 @@ def _run_sum(
         _sum(0, plan.n, plan.indptr, plan.indices, plan.hub, x, step, weight, mean, row_scale, bias, relu, out)
     if plan.slots:
         _add_slots(plan.hubs, plan.indptr, slots, mean, row_scale, bias, relu, out)
-
-
-# --- maximum and minimum --------------------------------------------------------------------------------------------------------------------
 
 
 @kernel
@@ -336,9 +336,6 @@ def aggregate_arg_backward(
     return out.to(grad.dtype)
 
 
-# --- dot products on the edges --------------------------------------------------------------------------------------------------------------
-
-
 @sum_kernel
 def _edge_dot(lo, hi, rows, indices, x, grad, arg, out):
     f = x.shape[1]
@@ -381,10 +378,7 @@ def edge_dot(rows: Tensor, indices: Tensor, x: Tensor, grad: Tensor, arg: Tensor
     return out
 
 
-# --- packed codes ---------------------------------------------------------------------------------------------------------------------------
-
-
-@kernel
+@inlined
 def _add_codes_8(first, last, indices, x, flip, planes):
     size, k = x.shape[1], 0
     while k + 64 <= size:
@@ -401,7 +395,7 @@ def _add_codes_8(first, last, indices, x, flip, planes):
         k += 1
 
 
-@kernel
+@inlined
 def _add_codes_4(first, last, indices, x, flip, planes):
     size, k = x.shape[1], 0
     while k + 64 <= size:
@@ -418,7 +412,7 @@ def _add_codes_4(first, last, indices, x, flip, planes):
         k += 1
 
 
-@kernel
+@inlined
 def _add_codes_2(first, last, indices, x, flip, planes):
     size, k = x.shape[1], 0
     while k + 64 <= size:
@@ -435,7 +429,7 @@ def _add_codes_2(first, last, indices, x, flip, planes):
         k += 1
 
 
-@kernel
+@inlined
 def _add_codes_1(first, last, indices, x, flip, planes):
     size, k = x.shape[1], 0
     while k + 64 <= size:
@@ -454,7 +448,8 @@ def _add_codes_1(first, last, indices, x, flip, planes):
 
 @kernel
 def _add_codes(first, last, indices, x, container, flip, reach, planes):
-    """Adds the codes of the edges ``first`` to ``last`` to ``planes`` (int32, one plane for each of the codes of a byte), ``reach`` edges at a time.
+    """Adds the codes of the edges ``first`` to ``last`` to ``planes`` (int32, one plane for each of the codes of a
+    byte), ``reach`` edges at a time.
 
     ``flip`` turns two's complement into code + 2^(container-1), so that all summands are non-negative.
     """
@@ -470,96 +465,122 @@ def _add_codes(first, last, indices, x, container, flip, reach, planes):
             _add_codes_1(begin, end, indices, x, flip, planes)
 
 
+@inlined
+def _order_planes(planes, lanes, off, acc, r):
+    """Codes of one row in their order, less what ``flip`` added to them."""
+    f = acc.shape[1]
+    if lanes == 1:
+        for k in range(f):
+            acc[r, k] = planes[0, k] - off
+    elif lanes == 2:
+        for j in range(f // 2):
+            acc[r, 2 * j] = planes[0, j] - off
+            acc[r, 2 * j + 1] = planes[1, j] - off
+        if f & 1:
+            acc[r, f - 1] = planes[0, f // 2] - off
+    else:
+        for lane in range(lanes):
+            j = 0
+            for k in range(lane, f, lanes):
+                acc[r, k] = planes[lane, j] - off
+                j += 1
+
+
 @kernel
 def _finish_codes(
-    i, degree, planes, lanes, half, mode, row_scale, col_scale, bias, relu, out_step, out_bits, out_pos, out_buckets, out_signed,
-    ints, floats, data, row, values, s, q, codes, clipped,
+    rows, count, acc, mode, row_scale, col_scale, bias, relu, out_step, out_bits, out_pos, out_buckets, out_signed,
+    ints, floats, data,
 ):  # fmt: skip
-    """Puts the planes in order, takes off what ``flip`` added, and writes row ``i`` of the output."""
-    f = row.size
-    off = np.int32(half * degree)
-    for lane in range(lanes):
-        for j in range((f - lane + lanes - 1) // lanes):
-            row[j * lanes + lane] = planes[lane, j] - off
-    if mode == 0:
-        for k in range(f):
-            ints[i, k] = row[k]
-        return
-    for k in range(f):
-        values[0, k] = np.float32(row[k])
-    epilogue_row(row_scale, col_scale, bias, relu, i, values)
-    if mode == 1:
-        for k in range(f):
-            floats[i, k] = values[0, k]
-        return
-    largest = np.float32(largest_code(out_bits[i], out_signed))
-    for k in range(f):
-        s[k] = out_step[i]
-        q[k] = largest
-    codes_row(values, 0, s, q, out_signed, codes, clipped)
-    container, start, stride = place(out_buckets, out_pos, i)
-    pack_row(codes, f, container, data, start, stride)
+    """Writes the output of ``count`` rows. Apart from the sums, and many rows at once: a call with so many arrays is
+    dear."""
+    f = acc.shape[1]
+    values = np.empty((1, f), np.float32)
+    s, q = np.empty(f, np.float32), np.empty(f, np.float32)
+    codes, clipped = np.empty(f, np.int32), np.empty(f, np.uint8)
+    for r in range(count):
+        i = rows[r]
+        if mode == 0:
+            for k in range(f):
+                ints[i, k] = acc[r, k]
+        else:
+            for k in range(f):
+                values[0, k] = np.float32(acc[r, k])
+            epilogue_row(row_scale, col_scale, bias, relu, i, values)
+            if mode == 1:
+                for k in range(f):
+                    floats[i, k] = values[0, k]
+            else:
+                largest = np.float32(largest_code(out_bits[i], out_signed))
+                for k in range(f):
+                    s[k] = out_step[i]
+                    q[k] = largest
+                codes_row(values, 0, s, q, out_signed, codes, clipped)
+                container, start, stride = place(out_buckets, out_pos, i)
+                pack_row(codes, f, container, data, start, stride)
 
 
 @kernel
 def _sum_codes(
-    lo, hi, indptr, indices, hub, segments, hubs, slots, x, container, f, flip, half, reach, stage, mode, row_scale, col_scale, bias,
-    relu, out_step, out_bits, out_pos, out_buckets, out_signed, ints, floats, data,
+    lo, hi, indptr, indices, hub, segments, hubs, slots, x, container, f, flip, half, reach, stage, mode, row_scale,
+    col_scale, bias, relu, out_step, out_bits, out_pos, out_buckets, out_signed, ints, floats, data,
 ):  # fmt: skip
     """``stage`` 0: rows ``lo`` to ``hi``; 1: segments of hubs; 2: hubs, from their slots."""
     lanes = 8 // container if container else 1
     size = max(x.shape[1], (f + lanes - 1) // lanes)  # padding included
-    planes = np.zeros((lanes, size), np.int32)
-    row, values = np.empty(f, np.int32), np.empty((1, f), np.float32)
-    s, q, codes, clipped = (
-        np.empty(f, np.float32),
-        np.empty(f, np.float32),
-        np.empty(f, np.int32),
-        np.empty(f, np.uint8),
-    )
+    planes = np.empty((lanes, size), np.int32)
+    rows, acc = np.empty(ROWS, np.int64), np.empty((ROWS, f), np.int32)
+    count = 0
     for u in range(lo, hi):
-        if stage == 0:
-            i, first, last = u, np.int64(indptr[u]), np.int64(indptr[u + 1])
-            if last - first >= hub:
-                continue
-        elif stage == 1:
-            i, first, last = 0, np.int64(segments[u, 1]), np.int64(segments[u, 2])
+        i = np.int64(hubs[u, 0]) if stage == 2 else u
+        if stage == 1:
+            first, last = segments[u, 1], segments[u, 2]
         else:
-            i = np.int64(hubs[u, 0])
-            first, last = np.int64(indptr[i]), np.int64(indptr[i + 1])
-        planes[:] = 0
-        if stage == 2:
-            for slot in range(hubs[u, 1], hubs[u, 1] + hubs[u, 2]):
+            first, last = indptr[i], indptr[i + 1]
+        if stage != 0 or last - first < hub:
+            for lane in range(lanes):  # Numba's own `planes[:] = 0` costs ten times as much
+                for j in range(size):
+                    planes[lane, j] = 0
+            if stage == 2:
+                for slot in range(hubs[u, 1], hubs[u, 1] + hubs[u, 2]):
+                    for lane in range(lanes):
+                        for j in range(size):
+                            planes[lane, j] += slots[slot, lane, j]
+            elif container:
+                _add_codes(first, last, indices, x, container, flip, reach, planes)
+            if stage == 1:
                 for lane in range(lanes):
                     for j in range(size):
-                        planes[lane, j] += slots[slot, lane, j]
-        elif container:
-            _add_codes(first, last, indices, x, container, flip, reach, planes)
-        if stage == 1:
-            slots[segments[u, 3]] = planes
-        else:
+                        slots[segments[u, 3], lane, j] = planes[lane, j]
+            else:
+                _order_planes(planes, lanes, np.int32(half * (last - first)), acc, count)
+                rows[count] = i
+                count += 1
+        if count == ROWS or (count and u == hi - 1):
             _finish_codes(
-                i, last - first, planes, lanes, half, mode, row_scale, col_scale, bias, relu, out_step, out_bits, out_pos, out_buckets, out_signed,
-                ints, floats, data, row, values, s, q, codes, clipped,
+                rows, count, acc, mode, row_scale, col_scale, bias, relu, out_step, out_bits, out_pos, out_buckets,
+                out_signed, ints, floats, data,
             )  # fmt: skip
+            count = 0
 
 
 @parallel_kernel
 def _sum_codes_parallel(
-    bounds, indptr, indices, hub, segments, hubs, slots, x, container, f, flip, half, reach, stage, mode, row_scale, col_scale, bias,
-    relu, out_step, out_bits, out_pos, out_buckets, out_signed, ints, floats, data,
+    bounds, indptr, indices, hub, segments, hubs, slots, x, container, f, flip, half, reach, stage, mode, row_scale,
+    col_scale, bias, relu, out_step, out_bits, out_pos, out_buckets, out_signed, ints, floats, data,
 ):  # fmt: skip
     for part in numba.prange(bounds.size - 1):
         _sum_codes(
-            bounds[part], bounds[part + 1], indptr, indices, hub, segments, hubs, slots, x, container, f, flip, half, reach, stage,
-            mode, row_scale, col_scale, bias, relu, out_step, out_bits, out_pos, out_buckets, out_signed, ints, floats, data,
+            bounds[part], bounds[part + 1], indptr, indices, hub, segments, hubs, slots, x, container, f, flip, half,
+            reach, stage, mode, row_scale, col_scale, bias, relu, out_step, out_bits, out_pos, out_buckets, out_signed,
+            ints, floats, data,
         )  # fmt: skip
 
 
 def aggregate_packed(
-    indptr: Tensor, indices: Tensor, schedule: Sequence[Tensor], x: Tensor, container: int, sources: int, features: int, signed: bool,
-    output: str, row_scale: Tensor | None, col_scale: Tensor | None, bias: Tensor | None, relu: bool, out_step: Tensor | None, out_bits: Tensor | None,
-    out_pos: Tensor | None, out_counts: Sequence[int], out_signed: bool,
+    indptr: Tensor, indices: Tensor, schedule: Sequence[Tensor], x: Tensor, container: int, sources: int, features: int,
+    signed: bool, output: str, row_scale: Tensor | None, col_scale: Tensor | None, bias: Tensor | None, relu: bool,
+    out_step: Tensor | None, out_bits: Tensor | None, out_pos: Tensor | None, out_counts: Sequence[int], out_signed:
+    bool,
 ) -> Tensor:  # fmt: skip
     """Sums of packed codes, and their epilogue."""
     plan = _Plan(indptr, indices, schedule, features)
@@ -578,12 +599,13 @@ def aggregate_packed(
     lanes = 8 // container if container else 1
     slots = np.empty((plan.slots, lanes, max(stride, -(-features // lanes))), np.int32)
     head = (
-        plan.indptr, plan.indices, plan.hub, plan.segments, plan.hubs, slots, table, container, features, np.uint8(flip), half, reach,
+        plan.indptr, plan.indices, plan.hub, plan.segments, plan.hubs, slots, table, container, features,
+        np.uint8(flip), half, reach,
     )  # fmt: skip
     tail = (
-        OUTPUTS[output], optional(row_scale, torch.float32), optional(col_scale, torch.float32), optional(bias, torch.float32), relu,
-        optional(out_step, torch.float32), optional(out_bits, torch.uint8), optional(out_pos, torch.int32), buckets, out_signed, integers.numpy(),
-        floats.numpy(), data.numpy(),
+        OUTPUTS[output], optional(row_scale, torch.float32), optional(col_scale, torch.float32), optional(bias,
+        torch.float32), relu, optional(out_step, torch.float32), optional(out_bits, torch.uint8), optional(out_pos,
+        torch.int32), buckets, out_signed, integers.numpy(), floats.numpy(), data.numpy(),
     )  # fmt: skip
     if plan.parts > 1:
         with parallel_lock:
@@ -613,8 +635,9 @@ def _unpack_parallel(bounds, data, signed, pos, buckets, out):
 
 
 def aggregate_rows(
-    indptr: Tensor, indices: Tensor, schedule: Sequence[Tensor], x: Tensor, pos: Tensor | None, counts: Sequence[int], features: int, signed: bool,
-    step: Tensor, weight: Tensor | None, row_scale: Tensor | None, bias: Tensor | None, relu: bool,
+    indptr: Tensor, indices: Tensor, schedule: Sequence[Tensor], x: Tensor, pos: Tensor | None, counts: Sequence[int],
+    features: int, signed: bool, step: Tensor, weight: Tensor | None, row_scale: Tensor | None, bias: Tensor | None,
+    relu: bool,
 ) -> Tensor:  # fmt: skip
     """Float sums of rows that are packed with a step each."""
     sources = sum(counts)
@@ -633,7 +656,7 @@ def aggregate_rows(
             _unpack(0, sources, *arguments)
     out = torch.empty(indptr.numel() - 1, features, dtype=torch.float32)
     _run_sum(
-        indptr, indices, schedule, codes, array(step), None if weight is None else array(weight), False, optional(row_scale, torch.float32),
-        optional(bias, torch.float32), relu, out.numpy(),
+        indptr, indices, schedule, codes, array(step), None if weight is None else array(weight), False,
+        optional(row_scale, torch.float32), optional(bias, torch.float32), relu, out.numpy(),
     )  # fmt: skip
     return out

@@ -1,10 +1,12 @@
-"""What the Numba kernels share: threads, views of tensors, and the row-wise pieces of quantization, packing and the integer epilogue.
+"""What the Numba kernels share: threads, views of tensors, and the row-wise pieces of quantization, packing and the
+integer epilogue.
 
-A kernel is written once, as a body that takes a range ``lo, hi`` of its units of work (rows, blocks of rows). Small work calls the body itself,
-on one thread; large work runs it through a ``prange`` over a few ranges. What a range computes never depends on where the ranges are cut.
+A kernel is written once, as a body that takes a range ``lo, hi`` of its units of work (rows, blocks of rows). Small
+work calls the body itself, on one thread; large work runs it through a ``prange`` over a few ranges. What a range
+computes never depends on where the ranges are cut.
 
-Numba's on-disk cache notices a change of the file a kernel stands in, not of the functions it calls in other files: after an edit here, remove
-``__pycache__`` beside it.
+Numba's on-disk cache notices a change of the file a kernel stands in, not of the functions it calls in other files:
+after an edit here, remove ``__pycache__`` beside it.
 """
 
 from __future__ import annotations
@@ -26,21 +28,30 @@ from ..packing import CONTAINERS, bucket_starts, row_bytes
 
 Array = NDArray[np.generic]
 
-# error_model: a division that checks for zero is not vectorised. No fastmath: codes must agree with the reference to the bit.
+# error_model: a division that checks for zero is not vectorised. No fastmath: codes must agree with the reference to
+# the bit.
 kernel = numba.njit(nogil=True, cache=True, error_model="numpy")
+# What a kernel calls once per row: passing a dozen arrays, seven words each, costs more than a short row's work. No
+# early returns in these: with them Numba does not see that an array's reference count need not be touched, an atomic
+# operation per array and row.
+inlined = numba.njit(nogil=True, cache=True, error_model="numpy", forceinline=True)
 parallel_kernel = numba.njit(nogil=True, cache=True, error_model="numpy", parallel=True)
-# Sums of floats: free to be reordered once, at compile time (lanes of a vector register), hence still the same in every run.
+# Sums of floats: free to be reordered once, at compile time (lanes of a vector register), hence still the same in every
+# run.
 sum_kernel = numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc", "contract", "nsz"})
 
 SERIAL_WORK = 1 << 17
-"""Elements below which a second thread costs more than it saves: waking one takes 5 to 20 µs, and a core does 2^17 elements in about 30 µs."""
+"""Elements below which a second thread costs more than it saves: waking one takes 5 to 20 µs, and a core does 2^17
+elements in about 30 µs."""
 
 parallel_lock = threading.Lock()
-"""Held around parallel kernels: Numba's fallback threading layer ends the process when two Python threads enter it at once."""
+"""Held around parallel kernels: Numba's fallback threading layer ends the process when two Python threads enter it at
+once."""
 
 
 def parts_for(work: int) -> int:
-    """Ranges to cut ``work`` elements into: one a thread, and a single one for small work. ``torch.set_num_threads`` limits both libraries."""
+    """Ranges to cut ``work`` elements into: one a thread, and a single one for small work. ``torch.set_num_threads``
+    limits both libraries."""
     if work < SERIAL_WORK:
         return 1
     return max(1, min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
@@ -111,15 +122,16 @@ def total(values):
     return acc
 
 
-@kernel
+@inlined
 def largest_code(bits, signed):
     exponent = np.int64(bits) - (1 if signed else 0)
     return (1 << exponent) - 1 if exponent > 0 else 0
 
 
-@kernel
+@inlined
 def codes_row(x, i, step, q, signed, codes, clipped):
-    """Codes (int32) and clip flags (uint8) of ``x[i]``; ``step`` and ``q`` per column. A NaN has code 0 and is not clipped."""
+    """Codes (int32) and clip flags (uint8) of ``x[i]``; ``step`` and ``q`` per column. A NaN has code 0 and is not
+    clipped."""
     negative = np.int32(-1 if signed else 0)
     never = np.uint8(0 if signed else 1)
     for k in range(x.shape[1]):
@@ -135,7 +147,7 @@ def codes_row(x, i, step, q, signed, codes, clipped):
         clipped[k] = np.uint8(magnitude >= step[k] * q[k]) | below
 
 
-@kernel
+@inlined
 def pack_flags(flags, features, bits, i):
     """One bit per flag into ``bits[i]``."""
     whole = features // 8
@@ -151,7 +163,7 @@ def pack_flags(flags, features, bits, i):
         bits[i, whole] = b
 
 
-@kernel
+@inlined
 def place(buckets, pos, i):
     """Container, first byte and bytes of row ``i`` (:mod:`qgnn.kernels.packing`)."""
     p = np.int64(pos[i]) if pos.size else i
@@ -162,13 +174,11 @@ def place(buckets, pos, i):
     return buckets[3, b], buckets[1, b] + (p - first) * buckets[2, b], buckets[2, b]
 
 
-@kernel
+@inlined
 def pack_row(codes, features, container, data, start, stride):
     """Writes ``codes`` and the zero bytes after them; bits above the container are dropped."""
-    if container == 0:
-        return
-    lanes = 8 // container
-    whole = features // lanes
+    lanes = 8 // max(container, 1)
+    whole = features // lanes if container else 0
     if container == 8:
         for j in range(whole):
             data[start + j] = np.uint8(codes[j])
@@ -181,7 +191,7 @@ def pack_row(codes, features, container, data, start, stride):
             data[start + j] = np.uint8(
                 (codes[k] & 3) | (codes[k + 1] & 3) << 2 | (codes[k + 2] & 3) << 4 | (codes[k + 3] & 3) << 6
             )
-    else:
+    elif container == 1:
         for j in range(whole):
             b = np.int32(0)
             for lane in range(8):
@@ -189,20 +199,19 @@ def pack_row(codes, features, container, data, start, stride):
             data[start + j] = np.uint8(b)
     for j in range(whole, stride):
         data[start + j] = 0
-    for k in range(whole * lanes, features):
+    for k in range(whole * lanes, features if container else 0):
         data[start + whole] |= np.uint8((codes[k] & ((1 << container) - 1)) << ((k - whole * lanes) * container))
 
 
-@kernel
+@inlined
 def unpack_row(data, start, container, signed, features, out, i):
     """Codes of one packed row into ``out[i]``; a row without storage is 0."""
     half = np.int32(1 << (container - 1) if signed and container else 0)
     if container == 0:
         for k in range(features):
             out[i, k] = 0
-        return
-    lanes = 8 // container
-    whole = features // lanes
+    lanes = 8 // max(container, 1)
+    whole = features // lanes if container else 0
     if container == 8:
         for j in range(whole):
             out[i, j] = (np.int32(data[start + j]) ^ half) - half
@@ -218,20 +227,21 @@ def unpack_row(data, start, container, signed, features, out, i):
             out[i, 4 * j + 1] = ((b >> 2 & 3) ^ half) - half
             out[i, 4 * j + 2] = ((b >> 4 & 3) ^ half) - half
             out[i, 4 * j + 3] = ((b >> 6) ^ half) - half
-    else:
+    elif container == 1:
         for j in range(whole):
             b = np.int32(data[start + j])
             for lane in range(8):
                 out[i, 8 * j + lane] = ((b >> lane & 1) ^ half) - half
     mask = (1 << container) - 1
-    for k in range(whole * lanes, features):
+    for k in range(whole * lanes, features if container else 0):
         code = np.int32(data[start + whole]) >> ((k - whole * lanes) * container) & mask
         out[i, k] = (code ^ half) - half
 
 
-@kernel
+@inlined
 def epilogue_row(row_scale, col_scale, bias, relu, i, values):
-    """The float part of the integer operations, in the order that :mod:`qgnn.kernels.matmul` fixes, on ``values[0]``."""
+    """The float part of the integer operations, in the order that :mod:`qgnn.kernels.matmul` fixes, on
+    ``values[0]``."""
     f = values.shape[1]
     if row_scale.size:
         scale = row_scale[i]

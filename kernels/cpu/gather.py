@@ -1,10 +1,11 @@
 """Vector loops over edges, as LLVM IR: the sums stay in registers from the first edge of a row to the last.
 
-Numba's own loops put the partial sums back into memory after every few edges and ask for no memory ahead. At 169,343 nodes, 2,332,486 edges and
+Numba's own loops put the partial sums back into memory after every few edges and ask for no memory ahead. At 169,343
+nodes, 2,332,486 edges and
 F = 128 with 2 threads that costs a factor of two (31 ms against 13 ms for float32 sums).
 
-A block is ``W`` neighbouring columns; ``<W x T>`` is split by LLVM into as many registers as the processor needs. Rows of any length are a sum of
-blocks of :data:`BLOCKS` columns.
+A block is ``W`` neighbouring columns; ``<W x T>`` is split by LLVM into as many registers as the processor needs. Rows
+of any length are a sum of blocks of :data:`BLOCKS` columns.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from numba.np import arrayobj
 BLOCKS = (128, 64, 32, 16, 8, 4, 2, 1)
 
 AHEAD = 16
-"""Edges between the one that is added and the one whose row is asked for. Rows are found at random: no hardware prefetcher guesses them."""
+"""Edges between the one that is added and the one whose row is asked for. Rows are found at random: no hardware
+prefetcher guesses them."""
 
 WORD = ir.IntType(64)
 
@@ -46,9 +48,11 @@ def _splat(builder: Any, scalar: Any, width: int) -> Any:
 
 
 def _edge_loop(
-    context: Any, builder: Any, width: int, kinds: Any, arguments: Any, start: Sequence[Any], body: Callable[..., Sequence[Any]]
+    context: Any, builder: Any, width: int, kinds: Any, arguments: Any, start: Sequence[Any], body: Callable[...,
+    Sequence[Any]]
 ) -> list[Any]:  # fmt: skip
-    """Runs ``sums = body(edge, source, row, sums)`` over the edges ``first`` to ``last``; ``row`` is the loaded block of the source."""
+    """Runs ``sums = body(edge, source, row, sums)`` over the edges ``first`` to ``last``; ``row`` is the loaded block
+    of the source."""
     indices, first, last, table, column = arguments
     element = context.get_data_type(kinds[3].dtype)
     many = arrayobj.make_array(kinds[0])(context, builder, indices).nitems
@@ -97,8 +101,10 @@ def _as_words(context: Any, builder: Any, kinds: Any, arguments: Any) -> list[An
 
 def _sum_block(width: int) -> Any:
     @intrinsic
-    def sum_block(typingctx, indices, first, last, table, column, step, weight, out, row):  # type: ignore[no-untyped-def]
-        """``out[row, column:][:width] = sum of weight[e] * step[source] * table[source, column:][:width]``; step and weight may be None."""
+    def sum_block(typingctx, indices, first, last, table, column, step, weight, out, row):  # type:
+    ignore[no-untyped-def]
+        """``out[row, column:][:width] = sum of weight[e] * step[source] * table[source, column:][:width]``; step and
+        weight may be None."""
         signature = types.void(indices, first, last, table, column, step, weight, out, row)
 
         def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
@@ -137,8 +143,9 @@ def _sum_codes_block(width: int, container: int) -> Any:
 
     @intrinsic
     def sum_codes(typingctx, indices, first, last, table, column, flip, planes):  # type: ignore[no-untyped-def]
-        """Adds the codes in ``width`` bytes from ``column`` on, each xor ``flip``, to ``planes[lane, column:]`` (int32). The edges must be so few
-        that the sums fit 8 bits (16 for containers of 8 bits), of which a register holds four (two) times as many."""
+        """Adds the codes in ``width`` bytes from ``column`` on, each xor ``flip``, to ``planes[lane, column:]``
+        (int32). The edges must be so few that the sums fit 8 bits (16 for containers of 8 bits), of which a register
+        holds four (two) times as many."""
         signature = types.void(indices, first, last, table, column, flip, planes)
 
         def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]

@@ -1,4 +1,5 @@
-"""Numba kernels of :mod:`qgnn.kernels.quantize`: one pass over x that leaves codes or values, clip bits and gradient sums."""
+"""Numba kernels of :mod:`qgnn.kernels.quantize`: one pass over x that leaves codes or values, clip bits and gradient
+sums."""
 
 from __future__ import annotations
 
@@ -18,6 +19,7 @@ from .common import (
     codes_row,
     empty_packed,
     even_bounds,
+    inlined,
     kernel,
     largest_code,
     optional,
@@ -32,14 +34,16 @@ from .common import (
 )
 
 BLOCK = 512
-"""Rows whose column sums are added up before the blocks' sums are, in order: fixed, so that the result does not depend on the threads."""
+"""Rows whose column sums are added up before the blocks' sums are, in order: fixed, so that the result does not depend
+on the threads."""
 
 LN2 = math.log(2)
 
 
-@kernel
+@inlined
 def _parameters(step, bits, i, row, signed, s, q, slope):
-    """Step, largest code and ``|dx_q/dbits|`` where clipped, for each column: those of row ``i``, or each column's own."""
+    """Step, largest code and ``|dx_q/dbits|`` where clipped, for each column: those of row ``i``, or each column's
+    own."""
     less = 1 if signed else 0
     if row:
         largest, power = largest_code(bits[i], signed), slope.dtype.type(2.0 ** (np.int64(bits[i]) - less) * LN2)
@@ -54,7 +58,7 @@ def _parameters(step, bits, i, row, signed, s, q, slope):
             slope[k] = slope.dtype.type(2.0 ** (np.int64(bits[k]) - less) * LN2) * step[k]
 
 
-@kernel
+@inlined
 def _derivatives(x, i, codes, clipped, s, q, slope, signed, d_step, d_bits):
     """A2Q eq. 10, element by element."""
     zero, one = x.dtype.type(0), x.dtype.type(1)
@@ -115,7 +119,8 @@ def _quantize_parallel(
 ):
     for part in numba.prange(bounds.size - 1):
         _quantize(
-            bounds[part], bounds[part + 1], x, step, bits, row, signed, gradients, packed, pos, buckets, data, out, clip, g_step, g_bits
+            bounds[part], bounds[part + 1], x, step, bits, row, signed, gradients, packed, pos, buckets, data, out,
+            clip, g_step, g_bits
         )  # fmt: skip
 
 
@@ -202,15 +207,15 @@ def _add_blocks(sums: Tensor) -> Tensor:
 
 
 def _run_quantize(
-    x: Tensor, step: Tensor, bits: Tensor, row: bool, signed: bool, gradients: bool, pos: Tensor | None, buckets: Array, data: Tensor, out: Tensor,
-    packed: bool,
+    x: Tensor, step: Tensor, bits: Tensor, row: bool, signed: bool, gradients: bool, pos: Tensor | None, buckets: Array,
+    data: Tensor, out: Tensor, packed: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     n, f = x.shape
     clip = torch.empty(n, (f + 7) // 8, dtype=torch.uint8)
     g_step, g_bits = _gradient_sums(n, f, row, x.dtype)
     arguments = (
-        array(x), array(step.to(x.dtype)), array(bits), row, signed, gradients, packed, optional(pos, torch.int32), buckets, data.numpy(),
-        out.numpy(), clip.numpy(), g_step.numpy(), g_bits.numpy(),
+        array(x), array(step.to(x.dtype)), array(bits), row, signed, gradients, packed, optional(pos, torch.int32),
+        buckets, data.numpy(), out.numpy(), clip.numpy(), g_step.numpy(), g_bits.numpy(),
     )  # fmt: skip
     blocks = -(-n // BLOCK)
     parts = min(parts_for(x.numel()), blocks)
@@ -262,7 +267,8 @@ def fake_quantize_backward(
     out = torch.empty(x.shape, dtype=wide.dtype)
     g_step, g_bits = _gradient_sums(n, f, row, wide.dtype)
     arguments = (
-        array(grad.to(wide.dtype)), array(wide), array(step.to(wide.dtype)), array(bits), row, signed, out.numpy(), g_step.numpy(), g_bits.numpy(),
+        array(grad.to(wide.dtype)), array(wide), array(step.to(wide.dtype)), array(bits), row, signed, out.numpy(),
+        g_step.numpy(), g_bits.numpy(),
     )  # fmt: skip
     blocks = -(-n // BLOCK)
     parts = min(parts_for(x.numel()), blocks)
@@ -304,7 +310,8 @@ def dequantize(
     n = sum(counts)
     out = torch.empty(n, features, dtype=step.dtype)
     arguments = (
-        array(data), array(step), row, signed, np.int32(zero), optional(pos, torch.int32), buckets_of(counts, features), out.numpy(),
+        array(data), array(step), row, signed, np.int32(zero), optional(pos, torch.int32), buckets_of(counts, features),
+        out.numpy(),
     )  # fmt: skip
     parts = parts_for(n * features)
     if parts > 1:

@@ -18,9 +18,29 @@ import triton.language as tl
 from torch import Tensor
 
 from ..packing import bucket_starts, row_bytes
-from .common import LAYOUT_FIRSTS, LAYOUT_SIGNATURE, CompileCase, _codes, _largest_code, layout_arguments
-from .epilogue import _clear_tails, _epilogue, _store_codes, has_tails, padded_features
-from .segments import _last_to_arrive, _narrow_rows, _segment, _store_slot, _sum_of_slots, workspace
+from .common import (
+    EXACT,
+    LAYOUT_FIRSTS,
+    LAYOUT_SIGNATURE,
+    CompileCase,
+    _codes,
+    _largest_code,
+    _store_codes,
+    layout_arguments,
+)
+from .epilogue import _clear_tails, _epilogue, has_tails, padded_features
+from .segments import (
+    SCHEDULE_SIGNATURE,
+    _last_to_arrive,
+    _narrow_rows,
+    _segment,
+    _store_slot,
+    _sum_of_slots,
+    dense,
+    grid,
+    schedule_arguments,
+    workspace,
+)
 
 
 def lane_constants(container: int, signed: bool, unit: int) -> dict[str, int]:
@@ -55,7 +75,19 @@ def _split(b_unit, SHIFT: tl.constexpr, PARTS: tl.constexpr, MASK: tl.constexpr)
 
 
 @triton.jit
-def _lanes(p_x, p_indices, b_edge, m_edge, o_u, m_u, stride_x, CONTAINER: tl.constexpr, LANES: tl.constexpr, MASK: tl.constexpr, FLIP: tl.constexpr):
+def _lanes(
+    p_x,
+    p_indices,
+    b_edge,
+    m_edge,
+    o_u,
+    m_u,
+    stride_x,
+    CONTAINER: tl.constexpr,
+    LANES: tl.constexpr,
+    MASK: tl.constexpr,
+    FLIP: tl.constexpr,
+):
     """The codes of the sources of some edges by lane, biased, int32 ``[E, U * LANES]``; 0 where masked."""
     b_source = tl.load(p_indices + b_edge, mask=m_edge, other=0).to(tl.int64)
     p_unit = p_x + b_source[:, None] * stride_x + o_u[None, :]
@@ -79,7 +111,7 @@ def _ordered(b_fields, LANES: tl.constexpr, FIELDS: tl.constexpr):
 def _store_tile(
     p_out, p_row_scale, p_col_scale, p_bias, p_step, p_bits, p_pos, b_acc, b_row, m_row, o_f, m_f, F,
     first_4, first_2, first_1, first_0, start_4, start_2, start_1, stride_8, stride_4, stride_2, stride_1,
-    OUTPUT: tl.constexpr, OUT_CONTAINER: tl.constexpr, OUT_SIGNED: tl.constexpr, RELU: tl.constexpr, BLOCK_F: tl.constexpr,
+    OUTPUT: tl.constexpr, OUT_CONTAINER: tl.constexpr, OUT_SIGNED: tl.constexpr, RELU: tl.constexpr,
 ):  # fmt: skip
     """The sums ``[R, BLOCK_F]`` of the rows ``b_row`` as they are, after the epilogue, or quantized by row and packed."""
     p_tile = p_out + b_row[:, None] * F + o_f[None, :]
@@ -96,14 +128,15 @@ def _store_tile(
             b_codes = tl.where(m_f[None, :], _codes(b_v, b_step, b_q, OUT_SIGNED), 0)
             _store_codes(
                 p_out, p_pos, b_codes, b_row, m_row, tl.program_id(1), first_4, first_2, first_1, first_0, start_4, start_2, start_1,
-                stride_8, stride_4, stride_2, stride_1, OUT_CONTAINER, BLOCK_F,
+                stride_8, stride_4, stride_2, stride_1, OUT_CONTAINER,
             )  # fmt: skip
 
 
 @triton.jit
 def _sum_segment(
     p_x, p_indices, i_first, i_end, o_u, m_u, stride_x, CONTAINER: tl.constexpr, LANES: tl.constexpr, FIELDS: tl.constexpr,
-    FIELD: tl.constexpr, MASK: tl.constexpr, FLIP: tl.constexpr, BIAS: tl.constexpr, FLUSH: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_F: tl.constexpr,
+    FIELD: tl.constexpr, MASK: tl.constexpr, FLIP: tl.constexpr, BIAS: tl.constexpr, FLUSH: tl.constexpr,
+    BLOCK_E: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
     """Sum of the codes over the edges of a segment, int32 ``[1, BLOCK_F]``."""
     b_sums = tl.zeros((BLOCK_E, BLOCK_F), tl.int32)
@@ -119,16 +152,30 @@ def _sum_segment(
 @triton.jit
 def _sum_narrow(
     p_x, p_indices, b_first, b_degree, o_u, m_u, stride_x, CONTAINER: tl.constexpr, LANES: tl.constexpr, FIELDS: tl.constexpr, FIELD: tl.constexpr,
-    MASK: tl.constexpr, FLIP: tl.constexpr, BIAS: tl.constexpr, FLUSH: tl.constexpr, UNROLL: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr,
+    MASK: tl.constexpr, FLIP: tl.constexpr, BIAS: tl.constexpr, FLUSH: tl.constexpr, UNROLL: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
     """Sums of the codes over the edges of each row of a narrow tile, int32 ``[BLOCK_R, BLOCK_F]``."""
+    tl.static_assert(FLUSH % UNROLL == 0, "an edge would be counted in two parts")
     b_sums = tl.zeros((BLOCK_R, BLOCK_F), tl.int32)
     longest = tl.max(b_degree, axis=0)
     for i_part in range(0, longest, FLUSH):
         b_lanes = tl.zeros((BLOCK_R, BLOCK_F // FIELDS), tl.int32)
         for k in range(i_part, tl.minimum(i_part + FLUSH, longest), UNROLL):
             for u in tl.static_range(UNROLL):
-                b_lanes += _lanes(p_x, p_indices, b_first + (k + u), k + u < b_degree, o_u, m_u, stride_x, CONTAINER, LANES, MASK, FLIP)
+                b_lanes += _lanes(
+                    p_x,
+                    p_indices,
+                    b_first + (k + u),
+                    k + u < b_degree,
+                    o_u,
+                    m_u,
+                    stride_x,
+                    CONTAINER,
+                    LANES,
+                    MASK,
+                    FLIP,
+                )
         b_sums += _split(b_lanes, FIELD, FIELDS, (1 << FIELD) - 1)
     return _ordered(b_sums, LANES, FIELDS) - BIAS * b_degree[:, None]
 
@@ -157,11 +204,41 @@ def _aggregate_packed_kernel(
     m_u = o_u < stride_x
     if TAILS:
         if (i_tile == 0) & (i_f == 0):
-            _clear_tails(p_out, size, first_4, first_2, first_1, first_0, start_4, start_2, start_1, stride_8, stride_4, stride_2, stride_1)
+            _clear_tails(
+                p_out,
+                size,
+                first_4,
+                first_2,
+                first_1,
+                first_0,
+                start_4,
+                start_2,
+                start_1,
+                stride_8,
+                stride_4,
+                stride_2,
+                stride_1,
+            )
     if i_tile < S:
         i_row, i_first, i_end, i_slot, i_hub = _segment(p_segments, i_tile)
         b_sum = _sum_segment(
-            p_x, p_indices, i_first, i_end, o_u, m_u, stride_x, CONTAINER, LANES, FIELDS, FIELD, MASK, FLIP, BIAS, FLUSH, BLOCK_E, BLOCK_F
+            p_x,
+            p_indices,
+            i_first,
+            i_end,
+            o_u,
+            m_u,
+            stride_x,
+            CONTAINER,
+            LANES,
+            FIELDS,
+            FIELD,
+            MASK,
+            FLIP,
+            BIAS,
+            FLUSH,
+            BLOCK_E,
+            BLOCK_F,
         )
         complete = i_slot < 0
         if i_slot >= 0:
@@ -174,24 +251,41 @@ def _aggregate_packed_kernel(
             _store_tile(
                 p_out, p_row_scale, p_col_scale, p_bias, p_step, p_bits, p_pos, b_sum, b_own, b_own >= 0, o_f, m_f, F,
                 first_4, first_2, first_1, first_0, start_4, start_2, start_1, stride_8, stride_4, stride_2, stride_1,
-                OUTPUT, OUT_CONTAINER, OUT_SIGNED, RELU, BLOCK_F,
+                OUTPUT, OUT_CONTAINER, OUT_SIGNED, RELU,
             )  # fmt: skip
     else:
         b_row, m_row, b_first, b_degree = _narrow_rows(p_order, p_indptr, i_tile - S, R, BLOCK_R)
         b_acc = _sum_narrow(
-            p_x, p_indices, b_first, b_degree, o_u, m_u, stride_x, CONTAINER, LANES, FIELDS, FIELD, MASK, FLIP, BIAS, FLUSH, UNROLL, BLOCK_R, BLOCK_F
+            p_x,
+            p_indices,
+            b_first,
+            b_degree,
+            o_u,
+            m_u,
+            stride_x,
+            CONTAINER,
+            LANES,
+            FIELDS,
+            FIELD,
+            MASK,
+            FLIP,
+            BIAS,
+            FLUSH,
+            UNROLL,
+            BLOCK_R,
+            BLOCK_F,
         )
         _store_tile(
             p_out, p_row_scale, p_col_scale, p_bias, p_step, p_bits, p_pos, b_acc, b_row, m_row, o_f, m_f, F,
             first_4, first_2, first_1, first_0, start_4, start_2, start_1, stride_8, stride_4, stride_2, stride_1,
-            OUTPUT, OUT_CONTAINER, OUT_SIGNED, RELU, BLOCK_F,
+            OUTPUT, OUT_CONTAINER, OUT_SIGNED, RELU,
         )  # fmt: skip
 
 
 def aggregate_packed(
     indptr: Tensor, indices: Tensor, schedule: Sequence[Tensor], x: Tensor, container: int, sources: int, features: int, signed: bool,
-    output: str, row_scale: Tensor | None, col_scale: Tensor | None, bias: Tensor | None, relu: bool, out_step: Tensor | None, out_bits: Tensor | None,
-    out_pos: Tensor | None, out_counts: Sequence[int], out_signed: bool,
+    output: str, row_scale: Tensor | None, col_scale: Tensor | None, bias: Tensor | None, relu: bool,
+    out_step: Tensor | None, out_bits: Tensor | None, out_pos: Tensor | None, out_counts: Sequence[int], out_signed: bool,
 ) -> Tensor:  # fmt: skip
     packed, n = output == "packed", indptr.numel() - 1
     if packed:
@@ -204,20 +298,19 @@ def aggregate_packed(
         indptr, container, schedule = torch.zeros_like(indptr), 8, _no_edges(indptr)
     stride = row_bytes(container, features)
     words = stride % 16 == 0
-    order, segments, hubs = schedule
     block_f = min(max(triton.next_power_of_2(features), 16), 128)
     block_r, block_e = min(32, 4096 // block_f), min(64, 4096 // block_f)
     blocks = triton.cdiv(padded_features(out_counts, features) if packed else features, block_f)
     arrived, slots = workspace(schedule, features, blocks, [torch.int32])
     layout = layout_arguments(out_counts if packed else [0] * 5, features)
-    _aggregate_packed_kernel[(segments.size(0) + triton.cdiv(order.numel(), block_r), blocks)](
-        p_out=out, p_slots=slots, p_arrived=arrived, p_indptr=indptr, p_indices=indices, p_order=order, p_segments=segments, p_hubs=hubs,
-        p_x=x.view(torch.int32) if words else x, p_row_scale=row_scale, p_col_scale=col_scale, p_bias=bias,
-        p_step=out_step, p_bits=out_bits, p_pos=out_pos, R=order.numel(), S=segments.size(0), F=features, size=out.numel(),
+    _aggregate_packed_kernel[grid(schedule, block_r, blocks)](
+        p_out=out, p_slots=slots, p_arrived=arrived, **schedule_arguments(indptr, indices, schedule),
+        p_x=x.view(torch.int32) if words else x, p_row_scale=dense(row_scale), p_col_scale=dense(col_scale), p_bias=dense(bias),
+        p_step=dense(out_step), p_bits=dense(out_bits), p_pos=out_pos, F=features, size=out.numel(),
         stride_x=stride // 4 if words else stride, **{name: value for name, value in layout.items() if name != "CONTAINER"},
         **lane_constants(container, signed, 32 if words else 8), OUTPUT=output, OUT_CONTAINER=layout["CONTAINER"], OUT_SIGNED=out_signed,
         TAILS=packed and has_tails(out_counts, features), RELU=relu, UNROLL=4, BLOCK_R=block_r, BLOCK_E=block_e, BLOCK_F=block_f,
-        num_warps=4, enable_fp_fusion=False,
+        **EXACT,
     )  # fmt: skip
     return out
 
@@ -233,12 +326,12 @@ def _case(name: str, x: str, container: int, unit: int, output: str, out: str, *
         "UNROLL": 4, "BLOCK_R": 32, "BLOCK_E": 32, "BLOCK_F": 128, **changed,
     }  # fmt: skip
     signature = {
-        **dict.fromkeys(["p_arrived", "p_indptr", "p_indices", "p_order", "p_segments", "p_hubs", "p_slots", "p_pos"], "*i32"),
+        **SCHEDULE_SIGNATURE, "p_slots": "*i32", "p_pos": "*i32", "size": "i32",
         **dict.fromkeys(["p_row_scale", "p_col_scale", "p_bias", "p_step"], "*fp32"), "p_bits": "*u8", "p_out": out, "p_x": x,
-        **dict.fromkeys(["R", "S", "size"], "i32"), "F": "i32:16", "stride_x": "i32:16", **LAYOUT_SIGNATURE,
+        "F": "i32:16", "stride_x": "i32:16", **LAYOUT_SIGNATURE,
     }  # fmt: skip
     signature = {argument: kind for argument, kind in signature.items() if argument not in constexprs}
-    return CompileCase(name, _aggregate_packed_kernel, signature, constexprs, {"num_warps": 4, "enable_fp_fusion": False})
+    return CompileCase(name, _aggregate_packed_kernel, signature, constexprs, EXACT)
 
 
 COMPILE_CASES = [
@@ -249,5 +342,7 @@ COMPILE_CASES = [
     _case("aggregate_packed_8_packed", "*i32", 8, 32, "packed", "*u8"),
     _case("aggregate_packed_4_packed", "*i32", 4, 32, "packed", "*u8"),
     _case("aggregate_packed_4_packed_uniform", "*i32", 4, 32, "packed", "*u8", OUT_CONTAINER=4, p_pos=None),
-    _case("aggregate_packed_4_bytes_packed", "*u8", 4, 8, "packed", "*u8", BLOCK_F=16, BLOCK_E=64, TAILS=True, stride_x=8),
+    _case(
+        "aggregate_packed_4_bytes_packed", "*u8", 4, 8, "packed", "*u8", BLOCK_F=16, BLOCK_E=64, TAILS=True, stride_x=8
+    ),
 ]

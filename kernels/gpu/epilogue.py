@@ -8,7 +8,6 @@ import triton
 import triton.language as tl
 
 from ..packing import ALIGN, CONTAINERS, row_bytes
-from .common import _pack, _places
 
 
 @triton.jit
@@ -27,43 +26,15 @@ def _epilogue(b_acc, p_row_scale, p_col_scale, p_bias, b_row, m_row, o_f, m_f, R
 
 
 @triton.jit
-def _store_bucket(p_out, b_codes, b_place, m_row, i_block, first, end, start, stride, CONTAINER: tl.constexpr, BLOCK_F: tl.constexpr):
-    """Packs one block of features, codes ``[R, BLOCK_F]``, of the rows whose places lie in the bucket ``first`` to ``end``.
-
-    The address is computed for each bucket alone, where the compiler sees that 16 divides it, and so stores 16 bytes at once.
-    """
-    BLOCK_B: tl.constexpr = BLOCK_F * CONTAINER // 8
-    o_b = i_block * BLOCK_B + tl.arange(0, BLOCK_B)
-    m_out = (m_row & (b_place >= first) & (b_place < end))[:, None] & (o_b < stride)[None, :]
-    b_start = start + (b_place - first).to(tl.int64) * stride
-    tl.store(p_out + b_start[:, None] + o_b[None, :], _pack(b_codes, CONTAINER), mask=m_out)
-
-
-@triton.jit
-def _store_codes(
-    p_out, p_pos, b_codes, b_row, m_row, i_block, first_4, first_2, first_1, first_0, start_4, start_2, start_1,
-    stride_8, stride_4, stride_2, stride_1, CONTAINER: tl.constexpr, BLOCK_F: tl.constexpr,
-):  # fmt: skip
-    """Stores codes ``[R, BLOCK_F]``, 0 beyond the last feature, into the rows' own containers."""
-    b_place = _places(p_pos, b_row, m_row)
-    if CONTAINER is None or CONTAINER == 8:
-        _store_bucket(p_out, b_codes, b_place, m_row, i_block, 0, first_4, 0, stride_8, 8, BLOCK_F)
-    if CONTAINER is None or CONTAINER == 4:
-        _store_bucket(p_out, b_codes, b_place, m_row, i_block, first_4, first_2, start_4, stride_4, 4, BLOCK_F)
-    if CONTAINER is None or CONTAINER == 2:
-        _store_bucket(p_out, b_codes, b_place, m_row, i_block, first_2, first_1, start_2, stride_2, 2, BLOCK_F)
-    if CONTAINER is None or CONTAINER == 1:
-        _store_bucket(p_out, b_codes, b_place, m_row, i_block, first_1, first_0, start_1, stride_1, 1, BLOCK_F)
-
-
-@triton.jit
 def _clear(p_out, i_from, i_to):
     o_b = i_from + tl.arange(0, 16)
     tl.store(p_out + o_b, tl.zeros((16,), tl.uint8), mask=o_b < i_to)
 
 
 @triton.jit
-def _clear_tails(p_out, size, first_4, first_2, first_1, first_0, start_4, start_2, start_1, stride_8, stride_4, stride_2, stride_1):
+def _clear_tails(
+    p_out, size, first_4, first_2, first_1, first_0, start_4, start_2, start_1, stride_8, stride_4, stride_2, stride_1
+):
     """Zeros the bytes between the last row of each bucket and the next bucket, fewer than 16 each."""
     _clear(p_out, tl.cast(first_4, tl.int64) * stride_8, start_4)
     _clear(p_out, start_4 + tl.cast(first_2 - first_4, tl.int64) * stride_4, start_2)
@@ -73,7 +44,10 @@ def _clear_tails(p_out, size, first_4, first_2, first_1, first_0, start_4, start
 
 def has_tails(counts: Sequence[int], features: int) -> bool:
     """Whether a bucket can end in padding: where rows are shorter than 16 bytes."""
-    return any(count and container and row_bytes(container, features) < ALIGN for container, count in zip(CONTAINERS, counts, strict=True))
+    return any(
+        count and container and row_bytes(container, features) < ALIGN
+        for container, count in zip(CONTAINERS, counts, strict=True)
+    )
 
 
 def padded_features(counts: Sequence[int], features: int) -> int:

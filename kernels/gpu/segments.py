@@ -9,6 +9,7 @@ writes the row. Which program that is varies, what it adds and in which order do
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -42,7 +43,9 @@ def _slots_of(hubs: Tensor) -> int:
     return slot_count([hubs, hubs, hubs])
 
 
-def workspace(schedule: Sequence[Tensor], features: int, blocks: int, dtypes: Sequence[torch.dtype]) -> list[Tensor | None]:
+def workspace(
+    schedule: Sequence[Tensor], features: int, blocks: int, dtypes: Sequence[torch.dtype]
+) -> list[Tensor | None]:
     """Zeroed counters ``[H, blocks]`` and, for each dtype, slots ``[slots, F]``; all None where there is no hub."""
     hubs = schedule[2]
     if not hubs.size(0):
@@ -50,6 +53,41 @@ def workspace(schedule: Sequence[Tensor], features: int, blocks: int, dtypes: Se
     slots = kept(hubs, _slots_of)
     arrived = torch.zeros(hubs.size(0), blocks, dtype=torch.int32, device=hubs.device)
     return [arrived, *(torch.empty(slots, features, dtype=dtype, device=hubs.device) for dtype in dtypes)]
+
+
+def dense(tensor: Tensor | None) -> Tensor | None:
+    """An optional operand as the kernels read it: a step or scale that is expanded, say, has no memory of its own."""
+    return None if tensor is None else tensor.contiguous()
+
+
+def float_tile(features: int) -> dict[str, int]:
+    """Sizes of a float aggregation. A row of 128 float32 is one 16-byte load of each thread of a warp; a thread of four warps takes 16 values of
+    a tile at most; a narrow tile has few rows, since it runs as long as its longest."""
+    block_f = min(triton.next_power_of_2(features), 128)
+    vector = math.gcd(features, 16)
+    return {
+        "F_VECTORS": features // vector, "VECTOR": vector,
+        "BLOCK_R": min(32, 2048 // block_f), "BLOCK_E": min(128, 2048 // block_f), "BLOCK_F": block_f,
+    }  # fmt: skip
+
+
+def grid(schedule: Sequence[Tensor], block_r: int, blocks: int) -> tuple[int, int]:
+    """Programs: a segment each, then ``block_r`` narrow rows each; times the blocks of features."""
+    return schedule[1].size(0) + triton.cdiv(schedule[0].numel(), block_r), blocks
+
+
+def schedule_arguments(indptr: Tensor, indices: Tensor, schedule: Sequence[Tensor]) -> dict[str, Tensor | int]:
+    order, segments, hubs = schedule
+    return {
+        "p_indptr": indptr, "p_indices": indices, "p_order": order, "p_segments": segments, "p_hubs": hubs,
+        "R": order.numel(), "S": segments.size(0),
+    }  # fmt: skip
+
+
+SCHEDULE_SIGNATURE = {
+    **dict.fromkeys(["p_arrived", "p_indptr", "p_indices", "p_order", "p_segments", "p_hubs"], "*i32"), "R": "i32", "S": "i32",
+}  # fmt: skip
+"""Their types, and that of the counters, in a :class:`.common.CompileCase`."""
 
 
 @triton.jit

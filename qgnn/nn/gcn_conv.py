@@ -78,7 +78,7 @@ class GCNConv(nn.Module):
         graph = base.with_self_loops if self.add_self_loops else base
         if edge_weight is None:
             return graph, graph.inv_sqrt_degree if self.normalize else None, None
-        weight = graph.edge_values(edge_weight, 2.0 if self.improved else 1.0) if self.add_self_loops else edge_weight[graph.perm]
+        weight = graph.edge_values(edge_weight, 2.0 if self.improved else 1.0)
         if not self.normalize:
             return graph, None, weight
         degree = weight.new_zeros(graph.num_nodes).index_add(0, graph.rows.long(), weight)
@@ -86,7 +86,12 @@ class GCNConv(nn.Module):
         return graph, torch.where(degree > 0, factor, torch.zeros_like(factor)), weight
 
     def forward(self, x: Tensor, edge_index: Tensor | Graph, edge_weight: Tensor | None = None) -> Tensor:
+        if not isinstance(x, Tensor) or x.dim() != 2 or x.size(1) != self.in_channels:
+            shape = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
+            raise ValueError(f"x must be a tensor [N, {self.in_channels}], got {shape}")
         graph, factor, weight = self.propagation(edge_index, x.size(0), edge_weight)
+        if graph.device != x.device:
+            raise ValueError(f"x is on {x.device} and the graph on {graph.device}; move one with .to()")
         if self.quantizer is None:
             h = x @ self.lin.weight.t()
         else:

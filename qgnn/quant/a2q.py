@@ -15,39 +15,59 @@ from .base import InputCodes, LayerQuantizer, row_binary_codes
 from .scheme import Scheme
 
 SMALLEST_STEP = 1e-8
-"""Lower limit of steps taken from data, for rows or columns that are all zero."""
+"""Rows whose step would be smaller count as zero when steps are taken from data."""
 
 PENALTIES = ("square", "relu")
 
 
-def steps_from_max(values: Tensor, bits: Tensor, signed: bool, dim: int) -> Tensor:
-    """Steps whose largest code reaches the largest magnitude along ``dim``: ``max |x| / Q``."""
+def steps_from_max(values: Tensor, bits: Tensor, signed: bool) -> Tensor:
+    """Steps whose largest code reaches the largest magnitude of each row, ``max |x| / Q``. A row of zeros gets the median step of the others."""
+    if not values.numel():
+        return values.new_ones(values.size(0))
     q = largest_code(rounded_bits(bits), signed).clamp_min(1)
-    top = values.abs().amax(dim) if values.numel() else values.new_zeros(values.size(1 - dim))
-    return (top / q).clamp_min(SMALLEST_STEP)
+    step = values.abs().amax(1) / q
+    used = step > SMALLEST_STEP
+    return torch.where(used, step, step[used].median() if bool(used.any()) else torch.ones_like(step))
 
 
 def steps_by_error(values: Tensor, bits: Tensor, signed: bool, candidates: int = 40) -> Tensor:
-    """Steps that minimise each row's squared quantization error, searched between 1/candidates and 1 of :func:`steps_from_max`."""
-    widths = rounded_bits(bits)
-    full = steps_from_max(values, bits, signed, 1)
+    """Steps that minimise each row's squared quantization error, searched between ``1 / candidates`` and 1 of :func:`steps_from_max`."""
+    widths = rounded_bits(bits).float()
+    full = steps_from_max(values, bits, signed)
     best, best_error = full, torch.full_like(full, torch.inf)
     for k in range(1, candidates + 1):
         step = full * (k / candidates)
-        error = (ops.fake_quantize(values, step, widths.float(), signed=signed) - values).square().sum(1)
-        better = error < best_error
-        best, best_error = torch.where(better, step, best), torch.where(better, error, best_error)
+        error = (ops.fake_quantize(values, step, widths, signed=signed) - values).square().sum(1)
+        best, best_error = torch.where(error < best_error, step, best), torch.minimum(error, best_error)
     return best
+
+
+def bits_for_equal_steps(values: Tensor, mean: float, lowest: float = 1.0, highest: float = 8.0) -> Tensor:
+    """Widths that would give every row the same step: ``b_i = t + log2 max |x_i|``, clamped, with ``t`` such that their mean is ``mean``.
+
+    Rows of larger values, which are those of higher in-degree after an aggregation (A2Q figure 1), start with more bits.
+    """
+    if not values.numel():
+        return values.new_full((values.size(0),), mean)
+    size = values.abs().amax(1).clamp_min(SMALLEST_STEP).log2()
+    low, high = float(lowest - size.max()), float(highest - size.min())
+    for _ in range(50):
+        middle = (low + high) / 2
+        above = float((size + middle).clamp(lowest, highest).mean()) > mean
+        low, high = (low, middle) if above else (middle, high)
+    return (size + low).clamp(lowest, highest)
 
 
 class A2QQuantizer(LayerQuantizer):
     """Input: step and width per node, local gradient. Weight: 4 bits, a step per output. Operand of the aggregation: 4 bits, a step per column.
 
-    Steps are kept positive by learning their logarithm. They are set from the first batch that is seen while ``enabled``.
+    Steps are kept positive by learning their logarithm. Steps and widths start from the first batch that is seen while ``enabled``; the widths have
+    the mean ``initial_bits``.
     """
 
     def __init__(self, in_channels: int, out_channels: int, scheme: Scheme, num_nodes: int, initial_bits: float = 4.0) -> None:
         super().__init__(in_channels, out_channels, scheme)
+        self.initial_bits = initial_bits
         self.bits = nn.Parameter(torch.full((num_nodes,), initial_bits))
         self.log_step = nn.Parameter(torch.zeros(num_nodes))
         self.log_weight_step = nn.Parameter(torch.zeros(out_channels))
@@ -77,16 +97,17 @@ class A2QQuantizer(LayerQuantizer):
 
     @torch.no_grad()
     def _start(self, x: Tensor, weight: Tensor) -> None:
-        self.log_weight_step.copy_(steps_from_max(weight, self.fixed_bits, True, 1).log())
+        self.log_weight_step.copy_(steps_by_error(weight, self.fixed_bits, True).log())
         if self.kind != "binary":
-            self.log_step.copy_(steps_by_error(x, self.bits, self.kind == "signed").log())
+            self.bits.copy_(bits_for_equal_steps(x, self.initial_bits))
+            self.log_step.copy_(steps_from_max(x, self.bits, self.kind == "signed").log())
 
     def operand(self, h: Tensor, protect: Tensor | None) -> Tensor:
         if not self.enabled:
             return h
         if not self.operand_ready:
             with torch.no_grad():
-                self.log_operand_step.copy_(steps_from_max(h, self.fixed_bits, True, 0).log())
+                self.log_operand_step.copy_(steps_by_error(h.t().contiguous(), self.fixed_bits, True).log())
             self.operand_ready = True
         return ops.fake_quantize(h, self.log_operand_step.exp(), self.fixed_bits, axis="col", gradient="local", ste=self.scheme.ste)
 

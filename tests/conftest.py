@@ -1,0 +1,56 @@
+"""Backends under test, and uninitialised memory that shows."""
+
+import os
+
+import pytest
+import torch
+
+# Read by Triton when the kernels are decorated, so it comes before any of qgnn is imported.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+SENTINEL = 0x5A
+"""Byte that uninitialised integers are filled with: never a plausible code, offset or count when four of them make an
+int32."""
+
+
+@pytest.fixture(params=["cpu", pytest.param("triton", marks=pytest.mark.gpu)])
+def backend(request):
+    """Runs the test under each backend; yields the device its tensors go to. Triton runs in its interpreter where there
+    is no GPU."""
+    from qgnn.kernels.backend import use_backend
+
+    with use_backend(request.param):
+        yield "cuda" if request.param == "triton" and torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(monkeypatch):
+    """Floats from ``empty`` are NaN and integers a sentinel, so that an element which a kernel forgets is seen."""
+
+    def poisoned(function):
+        def call(*args, **kwargs):
+            tensor = function(*args, **kwargs)
+            # not under torch.compile and opcheck, whose tensors hold no data
+            if type(tensor) is torch.Tensor and tensor.device.type in ("cpu", "cuda") and not
+            torch.compiler.is_compiling():
+                if tensor.is_floating_point():
+                    tensor.detach().fill_(float("nan"))
+                elif tensor.dtype == torch.bool:
+                    tensor.fill_(True)
+                else:
+                    tensor.fill_(int.from_bytes(bytes([SENTINEL]) * tensor.element_size(), "little"))
+            return tensor
+
+        return call
+
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
+
+
+@pytest.fixture
+def threads():
+    """Sets the number of torch threads, and puts it back."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)

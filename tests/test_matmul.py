@@ -1,0 +1,148 @@
+import pytest
+import torch
+
+from qgnn.kernels import matmul as ops
+from qgnn.kernels import packing
+
+from .assertions import assert_bitwise, assert_sum
+
+SHAPES = [(0, 4, 3), (5, 0, 3), (3, 4, 0), (1, 1, 1), (9, 33, 5), (20, 64, 16), (17, 130, 33)]
+both_signs = pytest.mark.parametrize("signed", [True, False], ids=["signed", "unsigned"])
+
+
+def problem(n, k, m, signed, w_container, device):
+    """Rows of all widths from 0 to 8 with random bytes as codes, weights, and everything the epilogue takes."""
+    g = torch.Generator().manual_seed(0)
+    counts, pos = packing.bucket_rows(packing.containers_of(torch.arange(n) % 9, signed))
+    x = packing.pack_reference(torch.randint(0, 256, (n, k), generator=g), pos, counts)
+    w = packing.pack_reference(torch.randint(0, 256, (m, k), generator=g), None, packing.uniform_counts(m, w_container))
+    row_scale, col_scale, bias = (
+        torch.rand(n, generator=g) * 0.01,
+        torch.rand(m, generator=g),
+        torch.randn(m, generator=g),
+    )
+    step, bits = torch.rand(m, generator=g) + 0.1, (torch.arange(m) % 9).to(torch.uint8)
+    tensors = [x, pos, w, row_scale, col_scale, bias, step, bits]
+    x, pos, w, *rest = [t if t is None else t.to(device) for t in tensors]
+    return x, pos, counts, w, rest
+
+
+def test_hand_computed():
+    x = packing.pack_reference(torch.tensor([[1, 2, 3], [3, 0, 1]]), None, packing.uniform_counts(2, 2))
+    w = packing.pack_reference(torch.tensor([[1, -1, 2], [-7, 0, 7]]), None, packing.uniform_counts(2, 4))
+    counts = packing.uniform_counts(2, 2)
+    head = (x, None, counts, False, 1, w, 4, 3, 2)
+    # codes less the zero point 1: [0, 1, 2], [2, -1, 0]
+    acc = ops.matmul_packed_reference(*head, "acc", None, None, None, False, None, None, 0)
+    assert acc.tolist() == [[3, 14], [3, -14]]
+    scale, bias = torch.tensor([1.0, 0.5]), torch.tensor([0.0, 1.0])
+    out = ops.matmul_packed_reference(*head, "float", scale, torch.tensor([2.0, 1.0]), bias, True, None, None, 0)
+    assert out.tolist() == [[6, 15], [3, 0]]
+    step, bits = torch.tensor([4.0, 4.0]), torch.tensor([4, 2], dtype=torch.uint8)
+    packed = ops.matmul_packed_reference(*head, "packed", scale, None, bias, False, step, bits, 4)
+    assert packed[:2].tolist() == [0x11, 0xF0]  # 3 / 4 -> 1, 15 / 4 -> 1 (Q = 1); 1.5 / 4 -> 0, -6 / 4 -> -1
+
+
+@both_signs
+@pytest.mark.parametrize("w_container", [4, 8])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_matmul_packed(backend, shape, signed, w_container):
+    n, k, m = shape
+    x, pos, counts, w, (row_scale, col_scale, bias, step, bits) = problem(n, k, m, signed, w_container, backend)
+    head = (x, pos, counts, signed)
+    sizes = (w, w_container, k, m)
+    for zero, output, tail in [
+        (0, "acc", (None, None, None, False, None, None, 0)),
+        (17, "acc", (None, None, None, False, None, None, 0)),
+        (0, "float", (row_scale, col_scale, bias, True, None, None, 0)),
+        (3, "float", (None, col_scale, None, False, None, None, 0)),
+        (0, "packed", (row_scale, col_scale, bias, False, step, bits, 8)),
+        (0, "packed", (row_scale, col_scale, None, True, step, bits.clamp(max=4), 4)),
+    ]:
+        arguments = (*head, zero, *sizes, output, *tail)
+        actual, expected = ops.matmul_packed(*arguments), ops.matmul_packed_reference(*arguments)
+        # the epilogue's roundings are prescribed, so its floats agree to the bit as well
+        assert_bitwise(actual, expected, output)
+
+
+@both_signs
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_matmul_transposed(backend, shape, signed):
+    n, k, m = shape
+    x, pos, counts, _, (scale, *_) = problem(n, k, m, signed, 8, backend)
+    grad = torch.randn(n, m, generator=torch.Generator().manual_seed(1)).to(backend)
+    for zero in (0, 7):
+        arguments = (x, pos, counts, signed, zero, k, scale, grad)
+        values = scale.unsqueeze(1) * (packing.unpack_reference(x, pos, counts, k, signed) - zero)
+        magnitude = values.abs().t() @ grad.abs()
+        actual, again = ops.matmul_transposed(*arguments), ops.matmul_transposed(*arguments)
+        assert_sum(actual, ops.matmul_transposed_reference(*arguments), magnitude, n)
+        assert_bitwise(again, actual, "second run")
+
+
+def test_extreme_accumulators(backend):
+    """All codes at their ends: 4096 * 255 * 127 and its negative, which float32 would not hold exactly."""
+    n, k, m = 3, 4097, 2
+    x = torch.full((n * packing.row_bytes(8, k),), 255, dtype=torch.uint8, device=backend)
+    codes = torch.tensor([[127] * k, [-127] * k])
+    w = packing.pack_reference(codes, None, packing.uniform_counts(m, 8)).to(backend)
+    counts = packing.uniform_counts(n, 8)
+    acc = ops.matmul_packed(x, None, counts, False, 0, w, 8, k, m, "acc", None, None, None, False, None, None, 0)
+    assert acc.tolist() == [[k * 255 * 127, -k * 255 * 127]] * n
+
+
+def test_non_contiguous_gradient(backend):
+    x, pos, counts, _, (scale, *_) = problem(12, 9, 6, True, 8, backend)
+    grad = torch.randn(6, 24, generator=torch.Generator().manual_seed(1)).to(backend).t()[::2]
+    arguments = (x, pos, counts, True, 0, 9, scale)
+    assert_bitwise(ops.matmul_transposed(*arguments, grad), ops.matmul_transposed(*arguments, grad.contiguous()))
+
+
+@pytest.mark.parametrize("k", [65, 2000])
+def test_without_integer_instructions(monkeypatch, k):
+    """Where torch's int8 product is not exact, floats that are take over: float32 up to 1024 products, then float64."""
+    from qgnn.kernels.cpu import matmul as cpu
+
+    x, pos, counts, w, _ = problem(9, k, 5, False, 8, "cpu")
+    arguments = (x, pos, counts, False, 3, w, 8, k, 5, "acc", None, None, None, False, None, None, 0)
+    expected = ops.matmul_packed_reference(*arguments)
+    monkeypatch.setattr(cpu, "_integer_product_is_exact", lambda: False)
+    assert_bitwise(cpu.matmul_packed(*arguments), expected)
+
+
+def test_threads_agree(threads):
+    """More rows than one block holds, on one thread and on two."""
+    n, k, m = 6000, 300, 65
+    x, pos, counts, w, (row_scale, col_scale, bias, step, bits) = problem(n, k, m, True, 4, "cpu")
+    arguments = (x, pos, counts, True, 0, w, 4, k, m, "packed", row_scale, col_scale, bias, True, step, bits, 8)
+    expected = ops.matmul_packed_reference(*arguments)
+    grad = torch.randn(n, m, generator=torch.Generator().manual_seed(1))
+    transposed = (x, pos, counts, True, 0, k, row_scale, grad)
+    values = row_scale.unsqueeze(1) * packing.unpack_reference(x, pos, counts, k, True)
+    for count in (1, 2):
+        threads(count)
+        assert_bitwise(ops.matmul_packed(*arguments), expected)
+        expected_t = ops.matmul_transposed_reference(*transposed)
+        assert_sum(ops.matmul_transposed(*transposed), expected_t, values.abs().t() @ grad.abs(), n)
+
+
+def every_op(device):
+    x, pos, counts, w, (row_scale, col_scale, bias, step, bits) = problem(12, 9, 5, True, 8, device)
+    head = (x, pos, counts, True, 0, w, 8, 9, 5)
+    return [
+        (ops.matmul_packed, (*head, "acc", None, None, None, False, None, None, 0)),
+        (ops.matmul_packed, (*head, "float", row_scale, col_scale, bias, True, None, None, 0)),
+        (ops.matmul_packed, (*head, "packed", row_scale, None, bias, False, step, bits, 8)),
+        (ops.matmul_transposed, (x, pos, counts, True, 0, 9, row_scale, torch.ones(12, 5, device=device))),
+    ]
+
+
+def test_opcheck(backend):
+    for op, arguments in every_op(backend):
+        torch.library.opcheck(op, arguments)
+
+
+def test_compiles_whole():
+    for op, arguments in every_op("cpu"):
+        compiled = torch.compile(lambda *a, op=op: op(*a), backend="aot_eager", fullgraph=True)
+        assert_bitwise(compiled(*arguments), op(*arguments))

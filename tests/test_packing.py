@@ -1,0 +1,77 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qgnn.kernels import packing
+
+from .assertions import assert_bitwise
+
+WIDTHS = torch.tensor([2, 0, 3, 2], dtype=torch.uint8)
+CODES = torch.tensor([[1, 2, 3, 0, 1, 2], [0] * 6, [7, 0, 1, 2, 3, 4], [3, 3, 3, 3, 0, 1]], dtype=torch.int32)
+
+
+def test_worked_example():
+    counts, pos = packing.bucket_rows(packing.containers_of(WIDTHS, signed=False))
+    assert counts == [0, 1, 2, 0, 1]
+    assert pos.tolist() == [1, 3, 0, 2]
+    data = packing.pack_reference(CODES, pos, counts)
+    expected = [0x07, 0x21, 0x43] + [0] * 13 + [0x39, 0x09, 0xFF, 0x04] + [0] * 12
+    assert data.tolist() == expected
+    assert_bitwise(packing.unpack_reference(data, pos, counts, 6, signed=False), CODES)
+
+
+def test_container_table():
+    assert [packing.container_of(b, signed=False) for b in range(9)] == [0, 1, 2, 4, 4, 8, 8, 8, 8]
+    assert [packing.container_of(b, signed=True) for b in range(9)] == [0, 0, 2, 4, 4, 8, 8, 8, 8]
+    with pytest.raises(ValueError, match="0 to 8 bits, got 9"):
+        packing.container_of(9, signed=True)
+
+
+@pytest.mark.parametrize(
+    ("container", "features", "size"),
+    [(8, 15, 15), (8, 16, 16), (8, 17, 32), (4, 31, 16), (4, 29, 15), (2, 1, 1), (1, 130, 32), (0, 9, 0), (4, 0, 0)],
+)
+def test_row_bytes(container, features, size):
+    assert packing.row_bytes(container, features) == size
+
+
+def test_signed_codes_are_twos_complement():
+    data = packing.pack_reference(torch.tensor([[-1, 1, -7, 7]]), None, packing.uniform_counts(1, 4))
+    assert data[:2].tolist() == [0x1F, 0x79]
+    assert packing.unpack_reference(data, None, packing.uniform_counts(1, 4), 4, True).tolist() == [[-1, 1, -7, 7]]
+
+
+def test_flags():
+    flags = torch.tensor([[True, False, True, True, False, False, False, True, True]])
+    bits = packing.pack_bits_reference(flags)
+    assert bits.tolist() == [[0b10001101, 1]]
+    assert_bitwise(packing.unpack_bits_reference(bits, 9), flags)
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (3, 0), (0, 0)])
+def test_nothing_to_pack(shape):
+    flags = torch.zeros(shape, dtype=torch.bool)
+    assert_bitwise(packing.unpack_bits_reference(packing.pack_bits_reference(flags), shape[1]), flags)
+    counts, pos = packing.bucket_rows(torch.full((shape[0],), 4))
+    data = packing.pack_reference(torch.zeros(shape, dtype=torch.int32), pos, counts)
+    assert packing.unpack_reference(data, pos, counts, shape[1], True).shape == shape
+
+
+def test_large_buffers_are_addressed_in_64_bits():
+    starts = packing.bucket_starts([40_000_000, 0, 0, 0, 0], 128)
+    assert starts[1] == 40_000_000 * 128 > 2**32
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(st.lists(st.integers(0, 8), max_size=12), st.integers(0, 40), st.booleans(), st.randoms(use_true_random=False))
+def test_round_trip(widths, features, signed, random):
+    containers = packing.containers_of(torch.tensor(widths, dtype=torch.uint8), signed)
+    counts, pos = packing.bucket_rows(containers)
+    low = [-(1 << (b - 1)) if signed and b > 1 else 0 for b in widths]
+    high = [((1 << (b - 1)) - 1 if b > 1 else 0) if signed else (1 << b) - 1 for b in widths]
+    codes = [[random.randint(lo, hi) for _ in range(features)] for lo, hi in zip(low, high, strict=True)]
+    codes = torch.tensor(codes, dtype=torch.int32).view(len(widths), features)
+    data = packing.pack_reference(codes, pos, counts)
+    assert data.numel() % packing.ALIGN == 0
+    assert_bitwise(packing.unpack_reference(data, pos, counts, features, signed), codes)

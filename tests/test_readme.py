@@ -1,0 +1,79 @@
+"""What README.md shows runs, and its table tells the truth about the backends."""
+
+import importlib
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from qgnn import cli
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+(EXAMPLE,) = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+SHELL = "".join(re.findall(r"^```\n(.*?)^```", README, re.MULTILINE | re.DOTALL))
+COMMANDS = re.findall(r"^(qgnn .*?)(?: +#.*)?$", SHELL, re.MULTILINE)
+
+
+def test_example_has_at_most_15_lines() -> None:
+    assert sum(bool(line.strip()) for line in EXAMPLE.splitlines()) <= 15
+
+
+def test_example_trains_and_freezes() -> None:
+    import torch
+
+    short = EXAMPLE.replace("range(200)", "range(40)")
+    assert short != EXAMPLE
+    torch.manual_seed(0)
+    names: dict[str, object] = {}
+    exec(compile(short, "README.md", "exec"), names)
+    data, frozen = names["data"], names["frozen"]
+    right = frozen().argmax(1) == data.y
+    assert float(right[data.test_mask].float().mean()) > 0.8
+    assert frozen.report.max_relative <= 1e-4
+    assert frozen.report.packed_bytes < frozen.report.fp32_bytes / 4
+
+
+def test_commands_are_shown() -> None:
+    assert {command.split()[1] for command in COMMANDS} == {"train", "info"}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_run(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As shown, but for the size: 30 epochs, one seed, and the embedded data instead of a download."""
+    monkeypatch.chdir(tmp_path)
+    arguments = shlex.split(command)[1:]
+    if arguments[0] == "train":
+        arguments[arguments.index("--dataset") + 1] = "digits"
+        arguments[arguments.index("--seeds") + 1] = "1"
+        arguments += ["--epochs", "30"]
+    result = CliRunner().invoke(cli.app, arguments)
+    assert result.exit_code == 0, result.stderr
+
+
+def test_targets_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    shown = re.findall(r"^make (\w+)", SHELL, re.MULTILINE)
+    assert set(shown) == {"demo", "test"}
+    assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in shown)
+
+
+def test_links_lead_somewhere() -> None:
+    assert all((ROOT / target).is_file() for target in re.findall(r"\]\(([^)]+)\)", README))
+
+
+@pytest.mark.parametrize(
+    ("file", "functions"),
+    [
+        ("quantize", ["quantize", "dequantize", "fake_quantize", "fake_quantize_backward", "mask_clipped"]),
+        ("affine", ["fake_quantize_affine"]),
+        ("aggregate", ["aggregate", "aggregate_arg_backward", "edge_dot", "aggregate_packed", "aggregate_rows"]),
+        ("matmul", ["matmul_packed", "matmul_transposed"]),
+    ],
+)
+def test_every_operation_of_the_table_has_its_backends(file: str, functions: list[str]) -> None:
+    for room, suffix in (("cpu.", ""), ("gpu.", ""), ("", "_reference")):
+        module = importlib.import_module(f"qgnn.kernels.{room}{file}")
+        assert all(callable(getattr(module, f"{name}{suffix}", None)) for name in functions), module.__name__
