@@ -58,7 +58,7 @@ def train_steps(dataset: Dataset, schemes: list[str], hidden: int | None = None,
         scheme = quant.parse(name)
         recipe = recipe_for("gcn", scheme, dataset).changed(None, hidden)
         data = prepare(dataset, recipe).to(device)
-        trainer = Trainer(build("gcn", scheme, dataset, recipe).to(device), data, recipe)
+        trainer = Trainer(build(scheme, dataset, recipe).to(device), data, recipe)
         trainer.start_quantization()
         candidates = {"pyg-fp32": pyg_step(data, dataset.num_classes, recipe), name: lambda trainer=trainer: trainer.step(trainer.total)}
         results[name] = paired(candidates, rounds, device=device)

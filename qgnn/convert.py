@@ -74,6 +74,9 @@ def _converted(layer: nn.Module, scheme: Scheme, num_nodes: int | None) -> nn.Mo
     missing, unexpected = new.load_state_dict({k: v for k, v in layer.state_dict().items() if not k.startswith("quantizer.")}, strict=False)
     if unexpected or any(not k.startswith("quantizer.") for k in missing):
         raise ValueError(f"{layer} has other parameters than PyG's: {unexpected or missing}")
+    for name, parameter in layer.named_parameters():
+        if not name.startswith("quantizer."):
+            new.get_parameter(name).requires_grad_(parameter.requires_grad)
     return new
 
 

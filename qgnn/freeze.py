@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from .graph import Graph
 from .integer import FreezeReport, InputCoding, IntegerLayer, IntegerModel, LayerReport, LayerSpec
-from .kernels.packing import bucket_starts, container_of, uniform_counts
+from .kernels.packing import bucket_starts, container_of, uniform_counts, unpack_reference
 from .nn import GCNConv, Linear
 from .qtensor import QTensor
 
@@ -33,7 +33,7 @@ class _Recorder(TorchFunctionMode):
     def __init__(self, layers: dict[nn.Module, str], edges: Tensor | Graph) -> None:
         super().__init__()
         self.edges = edges
-        self.layers, self.steps, self.inputs, self.outputs = layers, [], {}, {}  # type: ignore[var-annotated]
+        self.layers, self.steps, self.inputs, self.operands = layers, [], {}, {}  # type: ignore[var-annotated]
         self.current: Tensor | None = None
         self.inside = 0
 
@@ -80,10 +80,20 @@ class _Recorder(TorchFunctionMode):
         return edges is self.edges or (isinstance(edges, Tensor) and isinstance(self.edges, Tensor) and torch.equal(edges, self.edges))
 
     def leave(self, layer: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
-        self.inside -= 1
-        if self.inside == 0:
-            self.outputs[layer] = out
+        if self.inside == 1:
+            if isinstance(layer, GCNConv) and layer.quantizer is not None:
+                self.operands[layer] = _operand_codes(layer, self.inputs[layer], self.edges)
             self.current = out
+        self.inside -= 1
+
+
+def _operand_codes(layer: GCNConv, x: Tensor, edges: Tensor | Graph) -> Tensor:
+    """Codes of the operand of the aggregation in the fake-quantized model, ``[N, out]``."""
+    assert layer.quantizer is not None
+    _, factor, _ = layer.propagation(edges, x.size(0))
+    h = layer.quantizer.linear(x, layer.lin.weight, None)
+    operand = layer.quantizer.operand(h if factor is None else h * factor.unsqueeze(1), None)
+    return torch.round(operand / layer.quantizer.operand_codes()[0])
 
 
 def _record(model: nn.Module, x: Tensor, edge_index: Tensor | Graph) -> tuple[_Recorder, Tensor]:
@@ -175,11 +185,17 @@ def freeze(model: nn.Module, data: Data) -> IntegerModel:
 def _report(frozen: IntegerModel, recorder: _Recorder, reference: Tensor) -> FreezeReport:
     states, out = frozen.trace(), frozen()
     records = []
-    for layer, launches, state, x in zip(frozen.chain, frozen.launches(), states, recorder.inputs.values(), strict=False):
+    for layer, launches, state, (origin, x) in zip(frozen.chain, frozen.launches(), states, recorder.inputs.items(), strict=False):
         assert isinstance(state, QTensor) and frozen.bound is not None
-        expected = layer.pack_input(x, layer.place(frozen.bound.graph).rows)
+        place = layer.place(frozen.bound.graph)
+        expected = layer.pack_input(x, place.rows)
         nodes, spec = state.shape[0], layer.spec
-        operand = bucket_starts(uniform_counts(nodes, spec.operand_container), spec.out_channels)[-1] if spec.kind == "gcn" else 0
+        operand, differing_operand = 0, 0
+        if spec.kind == "gcn":
+            counts = uniform_counts(nodes, spec.operand_container)
+            operand = bucket_starts(counts, spec.out_channels)[-1]
+            codes = unpack_reference(layer.operand(state, layer.scale(state, place)), None, counts, spec.out_channels, True)
+            differing_operand = int((codes != recorder.operands[origin]).sum())
         records.append(
             LayerReport(
                 name=spec.name,
@@ -195,6 +211,7 @@ def _report(frozen: IntegerModel, recorder: _Recorder, reference: Tensor) -> Fre
                 weight_step_bytes=4 * layer.weight_step.numel(),
                 weight_fp32_bytes=4 * spec.in_channels * spec.out_channels,
                 differing_codes=int((state.codes() != expected.codes()).sum()),
+                differing_operand_codes=differing_operand,
             )
         )
     difference = float((out - reference).abs().max()) if out.numel() else 0.0
@@ -204,7 +221,7 @@ def _report(frozen: IntegerModel, recorder: _Recorder, reference: Tensor) -> Fre
         max_difference=difference,
         max_relative=difference / largest if largest else 0.0,
         mismatched_predictions=int((out.argmax(-1) != reference.argmax(-1)).sum()),
-        ties=sum(r.differing_codes for r in records),
+        ties=sum(r.differing_codes + r.differing_operand_codes for r in records),
         packed_bytes=sum(r.code_bytes + r.operand_bytes for r in records),
         fp32_bytes=sum(r.input_fp32_bytes + r.operand_fp32_bytes for r in records),
     )

@@ -68,11 +68,12 @@ class _Rows:
 
 @dataclass(frozen=True)
 class _Place:
-    """A layer on one graph: its factor ``D^-1/2``, and the rows of its input (None for "binary"). It does not hold the graph, which it would keep
-    alive in :meth:`IntegerModel.places`."""
+    """A layer on one graph: its factor ``D^-1/2``, the rows of its input and the product of their steps with the factor (both None for "binary").
+    It does not hold the graph, which it would keep alive in :meth:`IntegerModel.places`."""
 
     factor: Tensor | None
     rows: _Rows | None
+    scale: Tensor | None
 
 
 class IntegerLayer(nn.Module):
@@ -111,7 +112,8 @@ class IntegerLayer(nn.Module):
         ops.check_product_headroom(spec.in_channels)
         if spec.kind == "gcn":
             ops.check_headroom(graph, spec.operand_container - 1)
-        return _Place(graph.inv_sqrt_degree if spec.normalize else None, self._rows(graph.num_nodes))
+        factor, rows = graph.inv_sqrt_degree if spec.normalize else None, self._rows(graph.num_nodes)
+        return _Place(factor, rows, None if rows is None else rows.step if factor is None else rows.step * factor)
 
     def _rows(self, nodes: int) -> _Rows | None:
         if self.input_step is None or self.input_bits is None:
@@ -153,13 +155,20 @@ class IntegerLayer(nn.Module):
         """Whether the layer before can write this layer's codes in its epilogue."""
         return self.spec.coding != "binary" and self.spec.zero == 0
 
-    def run(self, x: QTensor, base: Graph, place: _Place, following: tuple[IntegerLayer, _Place] | None) -> QTensor | Tensor:
+    def scale(self, x: QTensor, place: _Place) -> Tensor:
+        """The factor of every row of the product: the step of the input, times ``D^-1/2`` where the layer normalises."""
+        if place.scale is not None:
+            return place.scale
+        return x.step if place.factor is None else x.step * place.factor
+
+    def run(
+        self, x: QTensor, scale: Tensor, base: Graph, place: _Place, following: tuple[IntegerLayer, _Place] | None
+    ) -> QTensor | Tensor:
         """Runs the layer. With ``following``, the next layer and its place, the output is that layer's packed input; else float32 ``[N, out]``."""
         spec = self.spec
         if spec.kind == "linear":
-            return self._product(x, "float", x.step, self.bias, spec.relu)
-        scale = x.step if place.factor is None else x.step * place.factor
-        operand = self._product(x, "packed", scale, None, False)
+            return self._product(x, "float", scale, self.bias, spec.relu)
+        operand = self.operand(x, scale)
         graph, nodes = self.graph(base), base.num_nodes
         rows = following[1].rows if following is not None else None
         out = aggregate_packed(
@@ -171,6 +180,10 @@ class IntegerLayer(nn.Module):
         if rows is None or following is None:
             return out
         return QTensor(out, rows.step, rows.bits, "row", following[0].spec.signed, spec.out_channels, tuple(rows.counts), rows.pos)
+
+    def operand(self, x: QTensor, scale: Tensor) -> Tensor:
+        """The packed operand of the aggregation: ``D^-1/2 X W``, ``[N, out]`` in ``operand_container``."""
+        return self._product(x, "packed", scale, None, False)
 
     def _product(self, x: QTensor, output: str, scale: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
         spec = self.spec
@@ -192,8 +205,8 @@ class LayerReport:
         step_bytes: steps, widths and places of the input's rows.
         operand_bytes, operand_fp32_bytes: codes of the operand of the aggregation (0 for a linear layer).
         weight_bytes: packed weight; weight_step_bytes: its steps; weight_fp32_bytes: the weight in FP32.
-        differing_codes: codes of the input that differ from the fake-quantized model's, because float rounding decided a tie otherwise, here or
-            in an earlier layer.
+        differing_codes, differing_operand_codes: codes of the input, and of the operand of the aggregation, that differ from the fake-quantized
+            model's, because float rounding decided a tie otherwise, here or in an earlier layer.
     """
 
     name: str
@@ -209,6 +222,7 @@ class LayerReport:
     weight_step_bytes: int
     weight_fp32_bytes: int
     differing_codes: int
+    differing_operand_codes: int
 
 
 @dataclass(frozen=True)
@@ -234,9 +248,10 @@ class FreezeReport:
 
 @dataclass(frozen=True)
 class Bound:
-    """A frozen model's data: the packed input and the graph."""
+    """A frozen model's data: the packed input, the first layer's factor of every row, and the graph."""
 
     x: QTensor
+    scale: Tensor
     graph: Graph
 
 
@@ -260,7 +275,7 @@ class IntegerModel(nn.Module):
         self._places.clear()
         device = self.chain[0].weight.device
         if self.bound is not None and self.bound.x.device != device:
-            self.bound = Bound(self.bound.x.to(device), self.bound.graph.to(device))
+            self.bound = Bound(self.bound.x.to(device), self.bound.scale.to(device), self.bound.graph.to(device))
         return self
 
     @property
@@ -277,7 +292,9 @@ class IntegerModel(nn.Module):
     def bind(self, x: Tensor, edge_index: Tensor | Graph) -> IntegerModel:
         """Packs the input ``[N, in]`` once and keeps it with the graph; returns the model."""
         graph = Graph.of(edge_index, x.size(0))
-        self.bound = Bound(self.chain[0].pack_input(x, self.places(graph)[0].rows), graph)
+        layer, place = self.chain[0], self.places(graph)[0]
+        packed = layer.pack_input(x, place.rows)
+        self.bound = Bound(packed, layer.scale(packed, place), graph)
         return self
 
     def forward(self, x: Tensor | None = None, edge_index: Tensor | Graph | None = None) -> Tensor:
@@ -312,8 +329,10 @@ class IntegerModel(nn.Module):
             if isinstance(state, Tensor):
                 state = layer.pack_input(state, place.rows)
             states.append(state)
+            bound = self.bound if self.bound is not None and state is self.bound.x else None
+            scale = layer.scale(state, place) if bound is None else bound.scale
             following = (layers[i + 1], places[i + 1]) if i + 1 < len(layers) and layers[i + 1].fuses else None
-            state = layer.run(state, graph, place, following)
+            state = layer.run(state, scale, graph, place, following)
         return [*states, state]
 
     def launches(self) -> list[int]:

@@ -103,4 +103,4 @@ def recipe_for(model: str, scheme: Scheme, dataset: Dataset) -> Recipe:
         for name in (scheme.name, scheme.method):
             if (model, name, place) in RECIPES:
                 return RECIPES[model, name, place]
-    raise ValueError(f"there is no recipe for {model} with {scheme.name}")
+    raise ValueError(f"there is no model {model!r}; choose one of {', '.join(sorted({m for m, _, _ in RECIPES}))}")

@@ -108,7 +108,7 @@ def summary(records: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
     frame = pd.DataFrame([{k: r.get(k) for k in (*KEYS, *MEASURES)} for r in records], columns=[*KEYS, *MEASURES])
     frame = frame.astype(dict.fromkeys(MEASURES, "float64"))
     groups = frame.groupby(list(KEYS), sort=False)
-    table = groups[list(MEASURES)].agg(["mean", "std"])
-    table.columns = pd.Index([name if kind == "mean" else f"{name}_sd" for name, kind in table.columns])
-    table.insert(0, "seeds", groups.size())
+    measures = groups[list(MEASURES)]
+    table = measures.mean().join(measures.std().add_suffix("_sd"))
+    table.insert(0, "seeds", groups["dataset"].count())
     return table.reset_index()

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
+import uuid
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from .integer import TAIL_FUNCTIONS, IntegerLayer, IntegerModel, LayerSpec
@@ -32,13 +32,13 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     description = {"format": FORMAT, "version": VERSION, "layers": [asdict(layer.spec) for layer in model.chain], "tail": model.tail}
     tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
     target = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=target.name, suffix=".tmp")
-    os.close(handle)
+    temporary = target.with_name(f"{target.name}.{uuid.uuid4().hex}.tmp")
     try:
-        save_file(tensors, temporary, metadata={"qgnn": json.dumps(description)})
+        # not save_file, whose files only their owner may read
+        temporary.write_bytes(to_bytes(tensors, metadata={"qgnn": json.dumps(description)}))
         os.replace(temporary, target)
     finally:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def load(path: str | os.PathLike[str]) -> IntegerModel:
@@ -58,7 +58,7 @@ def load(path: str | os.PathLike[str]) -> IntegerModel:
         raise ValueError(f"{os.fspath(path)} is damaged or no qgnn model: {error}") from None
     try:
         return _built(_description(metadata), tensors)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{os.fspath(path)} is not a qgnn model that this version reads: {error}") from None
 
 
@@ -116,6 +116,8 @@ def _layer(spec: LayerSpec, tensors: dict[str, Tensor]) -> IntegerLayer:
     for name in ("weight_step", "operand_step", "input_step"):
         if name in tensors and not bool((torch.isfinite(tensors[name]) & (tensors[name] > 0)).all()):
             raise ValueError(f"layer {spec.name}: {name} has values that are not positive and finite")
+    if "bias" in tensors and not bool(torch.isfinite(tensors["bias"]).all()):
+        raise ValueError(f"layer {spec.name}: bias has values that are not finite")
     for name, limit in (("operand_bits", spec.operand_container), ("input_bits", 8)):
         if name in tensors and tensors[name].numel() and int(tensors[name].max()) > limit:
             raise ValueError(f"layer {spec.name}: {name} has widths above {limit}")

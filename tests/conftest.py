@@ -32,8 +32,8 @@ def poisoned_memory(monkeypatch):
         def call(*args, **kwargs):
             tensor = function(*args, **kwargs)
             # not under torch.compile and opcheck, whose tensors hold no data
-            if type(tensor) is torch.Tensor and tensor.device.type in ("cpu", "cuda") and not
-            torch.compiler.is_compiling():
+            real = type(tensor) is torch.Tensor and tensor.device.type in ("cpu", "cuda")
+            if real and not torch.compiler.is_compiling():
                 if tensor.is_floating_point():
                     tensor.detach().fill_(float("nan"))
                 elif tensor.dtype == torch.bool:

@@ -29,8 +29,8 @@ def test_environment_and_context(monkeypatch):
 
 
 def test_unknown_backend(monkeypatch):
-    with pytest.raises(ValueError, match="'cuda' does not exist; choose one of triton, cpu, reference"),
-    backends.use_backend("cuda"):
+    refusal = pytest.raises(ValueError, match="'cuda' does not exist; choose one of triton, cpu, reference")
+    with refusal, backends.use_backend("cuda"):
         pass
     monkeypatch.setenv("QGNN_BACKEND", "numba")
     with pytest.raises(ValueError, match="'numba' does not exist"):
@@ -57,5 +57,6 @@ def test_importing_the_operations_loads_no_backend():
         "import sys; from qgnn.kernels import aggregate, matmul, quantize, affine; "
         "print([m for m in ('triton', 'numba', 'torch_geometric') if m in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True,
-    env=dict(os.environ)) assert done.stdout.strip() == "[]"
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=dict(os.environ))
+    assert done.stdout.strip() == "[]"

@@ -18,14 +18,22 @@ EDGES = torch.tensor([[2, 0, 3, 2, 1], [1, 1, 3, 1, 0]])
 
 def triples(graph: Graph, values: torch.Tensor, fill: float) -> list[tuple[int, int, float]]:
     """The edges (source, destination, value) of a graph in a canonical order."""
-    return sorted(zip(graph.indices.tolist(), graph.rows.tolist(), graph.edge_values(values, fill).tolist(), strict=True))
+    return sorted(
+        zip(graph.indices.tolist(), graph.rows.tolist(), graph.edge_values(values, fill).tolist(), strict=True)
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 def test_worked_example(dtype):
     graph = Graph.from_edge_index(EDGES.to(dtype), 4)
     assert graph.indptr.tolist() == [0, 1, 4, 4, 5]
-    assert graph.indices.tolist() == [1, 2, 0, 2, 3]  # within a row in the caller's order; duplicates and the loop are kept
+    assert graph.indices.tolist() == [
+        1,
+        2,
+        0,
+        2,
+        3,
+    ]  # within a row in the caller's order; duplicates and the loop are kept
     assert graph.perm.tolist() == [4, 0, 1, 3, 2]
     assert graph.rows.tolist() == [0, 1, 1, 1, 3]
     assert graph.in_degree.tolist() == [1, 3, 0, 1]
@@ -82,11 +90,31 @@ def test_bipartite():
     ("edges", "nodes", "error", "message"),
     [
         ([[0], [1]], None, TypeError, "edge_index must be a torch.Tensor, got list"),
-        (torch.zeros(2, 3), None, TypeError, r"edge_index must be int32 or int64, got torch.float32; convert it with .long\(\)"),
+        (
+            torch.zeros(2, 3),
+            None,
+            TypeError,
+            r"edge_index must be int32 or int64, got torch.float32; convert it with .long\(\)",
+        ),
         (torch.zeros(2, 3, dtype=torch.int16), None, TypeError, "must be int32 or int64, got torch.int16"),
-        (torch.zeros(6, dtype=torch.long), None, ValueError, r"edge_index must have 2 dimension\(s\), got shape \(6,\)"),
-        (torch.zeros(3, 2, dtype=torch.long), None, ValueError, r"must have shape \[2, E\] \(sources, destinations\), got \(3, 2\)"),
-        (torch.tensor([[0, 4], [1, 1]]), 4, ValueError, "source 4 of edge 1 is outside 0..3; pass num_nodes or mend the edge"),
+        (
+            torch.zeros(6, dtype=torch.long),
+            None,
+            ValueError,
+            r"edge_index must have 2 dimension\(s\), got shape \(6,\)",
+        ),
+        (
+            torch.zeros(3, 2, dtype=torch.long),
+            None,
+            ValueError,
+            r"must have shape \[2, E\] \(sources, destinations\), got \(3, 2\)",
+        ),
+        (
+            torch.tensor([[0, 4], [1, 1]]),
+            4,
+            ValueError,
+            "source 4 of edge 1 is outside 0..3; pass num_nodes or mend the edge",
+        ),
         (torch.tensor([[0, 1], [1, 9]]), 4, ValueError, "destination 9 of edge 1 is outside 0..3"),
         (torch.tensor([[0, -1], [1, 1]]), None, ValueError, "source -1 of edge 1 is outside 0..1"),
         (torch.tensor([[0, 3], [1, 1]]), (3, 2), ValueError, "source 3 of edge 1 is outside 0..2"),
@@ -102,16 +130,46 @@ def test_edge_index_errors(edges, nodes, error, message):
 @pytest.mark.parametrize(
     ("indptr", "indices", "sources", "error", "message"),
     [
-        (torch.tensor([0.0, 1.0]), torch.tensor([0]), None, TypeError, "indptr must be int32 or int64, got torch.float32"),
+        (
+            torch.tensor([0.0, 1.0]),
+            torch.tensor([0]),
+            None,
+            TypeError,
+            "indptr must be int32 or int64, got torch.float32",
+        ),
         (torch.tensor([0, 1]), torch.tensor([0.0]), None, TypeError, "indices must be int32 or int64"),
         (torch.tensor([[0, 1]]), torch.tensor([0]), None, ValueError, r"indptr must have 1 dimension\(s\)"),
-        (torch.tensor([], dtype=torch.long), torch.tensor([], dtype=torch.long), None, ValueError, r"N \+ 1 entries, start at 0 and end at .* 0"),
+        (
+            torch.tensor([], dtype=torch.long),
+            torch.tensor([], dtype=torch.long),
+            None,
+            ValueError,
+            r"N \+ 1 entries, start at 0 and end at .* 0",
+        ),
         (torch.tensor([1, 1]), torch.tensor([0]), None, ValueError, "start at 0 and end at the number of edges, 1"),
         (torch.tensor([0, 2]), torch.tensor([0]), None, ValueError, "start at 0 and end at the number of edges, 1"),
-        (torch.tensor([0, 2, 1, 2]), torch.tensor([0, 0]), None, ValueError, r"must not fall, but indptr\[2\] is below indptr\[1\]"),
-        (torch.tensor([0, 1, 2]), torch.tensor([0, 2]), None, ValueError, r"indices\[1\] = 2 is outside 0..1; pass num_sources"),
+        (
+            torch.tensor([0, 2, 1, 2]),
+            torch.tensor([0, 0]),
+            None,
+            ValueError,
+            r"must not fall, but indptr\[2\] is below indptr\[1\]",
+        ),
+        (
+            torch.tensor([0, 1, 2]),
+            torch.tensor([0, 2]),
+            None,
+            ValueError,
+            r"indices\[1\] = 2 is outside 0..1; pass num_sources",
+        ),
         (torch.tensor([0, 1, 2]), torch.tensor([0, 2]), 2, ValueError, r"indices\[1\] = 2 is outside 0..1"),
-        (torch.tensor([0, 1]), torch.tensor([0], device="meta"), None, ValueError, "indptr is on cpu and indices on meta; move one"),
+        (
+            torch.tensor([0, 1]),
+            torch.tensor([0], device="meta"),
+            None,
+            ValueError,
+            "indptr is on cpu and indices on meta; move one",
+        ),
     ],
 )
 def test_csr_errors(indptr, indices, sources, error, message):
@@ -134,7 +192,16 @@ def test_self_loops_stand_last_and_only_once():
     loops = graph.with_self_loops
     assert loops is graph.with_self_loops
     assert loops.indices.tolist() == [1, 0, 2, 0, 2, 1, 2, 3]
-    assert loops.perm.tolist() == [4, 5, 0, 1, 3, 6, 7, 2]  # the loop 3->3 was there; 5, 6 and 7 were added to nodes 0, 1 and 2
+    assert loops.perm.tolist() == [
+        4,
+        5,
+        0,
+        1,
+        3,
+        6,
+        7,
+        2,
+    ]  # the loop 3->3 was there; 5, 6 and 7 were added to nodes 0, 1 and 2
     assert (loops.num_edges, loops.given_edges) == (8, 5)
     again = loops.add_self_loops()
     assert torch.equal(again.perm, loops.perm)
@@ -148,7 +215,11 @@ def test_self_loops_stand_last_and_only_once():
         ([1.0] * 5, TypeError, "edge_weight must be a floating-point tensor, got list"),
         (torch.ones(6), ValueError, r"edge_weight must be \[5\], one for each edge, got \(6,\)"),
         (torch.ones(5, 1), ValueError, r"edge_weight must be \[5\], one for each edge, got \(5, 1\)"),
-        (torch.ones(5, device="meta"), ValueError, r"edge_weight is on meta and the graph on cpu; move one with .to\(\)"),
+        (
+            torch.ones(5, device="meta"),
+            ValueError,
+            r"edge_weight is on meta and the graph on cpu; move one with .to\(\)",
+        ),
     ],
 )
 def test_edge_value_errors(values, error, message):
@@ -171,7 +242,10 @@ def test_transpose_of_the_transpose_is_the_graph():
     indptr, indices, edges, _ = graph.transposed
     back = Graph.from_csr(indptr, indices).transposed
     assert torch.equal(back[0], graph.indptr)
-    assert torch.equal(torch.stack([graph.indices, graph.rows])[:, edges.long()], torch.stack([Graph.from_csr(indptr, indices).rows, indices]))
+    assert torch.equal(
+        torch.stack([graph.indices, graph.rows])[:, edges.long()],
+        torch.stack([Graph.from_csr(indptr, indices).rows, indices]),
+    )
 
 
 def test_schedule_and_transpose_are_built_once(monkeypatch):
@@ -189,7 +263,9 @@ def test_schedule_and_transpose_are_built_once(monkeypatch):
 def test_sorting_can_be_turned_off():
     hub = torch.stack([torch.zeros(100, dtype=torch.long), torch.arange(100) % 3])
     assert Graph.from_edge_index(hub, 4).schedule.order.tolist() == [0, 1, 2, 3]  # degrees 34, 33, 33, 0
-    assert Graph.from_edge_index(hub.flip(0), 100).schedule.order.tolist()[-1] != 0  # node 0 has 100 edges, a segment of its own
+    assert (
+        Graph.from_edge_index(hub.flip(0), 100).schedule.order.tolist()[-1] != 0
+    )  # node 0 has 100 edges, a segment of its own
     unsorted = Graph.from_edge_index(hub.flip(0), 100, sort=False)
     assert unsorted.schedule.order.tolist() == list(range(100))
     assert not unsorted.add_self_loops().sort
@@ -209,7 +285,10 @@ def test_to():
 @pytest.mark.parametrize("nodes", [0, 1, 3])
 def test_no_edges(nodes):
     none = torch.empty(2, 0, dtype=torch.long)
-    for graph in (Graph.from_edge_index(none, nodes), Graph.from_csr(torch.zeros(nodes + 1, dtype=torch.long), none[0])):
+    for graph in (
+        Graph.from_edge_index(none, nodes),
+        Graph.from_csr(torch.zeros(nodes + 1, dtype=torch.long), none[0]),
+    ):
         assert (graph.num_nodes, graph.num_edges, graph.max_degree) == (nodes, 0, 0)
         assert graph.inv_sqrt_degree.tolist() == [0.0] * nodes
         assert graph.transposed[0].tolist() == [0] * (nodes + 1)
@@ -230,7 +309,7 @@ def test_graph_of_an_edge_index_is_remembered():
     graph = Graph.of(edges, 4)
     assert Graph.of(edges, 4) is graph
     assert Graph.of(graph, 4) is graph
-    with pytest.raises(ValueError, match="the graph has 4 nodes and x 5 rows; build it with num_nodes of x"):
+    with pytest.raises(ValueError, match=r"the graph has 4 nodes and x 5 rows; build it with num_nodes of x"):
         Graph.of(graph, 5)
     assert Graph.of(edges, 5).num_nodes == 5
     assert Graph.of(edges.clone(), 4) is not graph
@@ -274,5 +353,5 @@ def test_inference_tensors_are_not_remembered():
 def test_graph_of_something_else():
     with pytest.raises(TypeError, match=r"edge_index must be a dense torch.Tensor \[2, E\] or a qgnn.Graph, got list"):
         Graph.of([[0], [1]], 2)
-    with pytest.raises(TypeError, match="got a torch.sparse_coo tensor"):
+    with pytest.raises(TypeError, match=r"got a torch.sparse_coo tensor"):
         Graph.of(torch.eye(3).to_sparse(), 3)

@@ -21,11 +21,12 @@ def backend(backend):
         yield backend
 
 
-
 def small_graph(nodes: int = 6, edges: int = 14, seed: int = 0) -> tuple[Graph, Tensor]:
     """A graph with duplicate edges, self loops and, as its last node, one without edges; and its edge_index."""
     generator = torch.Generator().manual_seed(seed)
-    edge_index = torch.randint(0, nodes - 1, (2, edges), generator=generator, device="cpu").to(torch.get_default_device())
+    edge_index = torch.randint(0, nodes - 1, (2, edges), generator=generator, device="cpu").to(
+        torch.get_default_device()
+    )
     edge_index[:, -1] = edge_index[:, 0]
     edge_index[:, 1] = 2
     return Graph.from_edge_index(edge_index, nodes), edge_index
@@ -34,7 +35,9 @@ def small_graph(nodes: int = 6, edges: int = 14, seed: int = 0) -> tuple[Graph, 
 def summed_by_hand(edge_index: Tensor, x: Tensor, weight: Tensor | None, nodes: int, reduce: str) -> Tensor:
     rows = []
     for i in range(nodes):
-        terms = [x[j] * (1.0 if weight is None else weight[e]) for e, (j, d) in enumerate(edge_index.t().tolist()) if d == i]
+        terms = [
+            x[j] * (1.0 if weight is None else weight[e]) for e, (j, d) in enumerate(edge_index.t().tolist()) if d == i
+        ]
         stacked = torch.stack(terms) if terms else torch.zeros(1, x.size(1), dtype=x.dtype)
         by = {"sum": stacked.sum(0), "mean": stacked.mean(0), "max": stacked.amax(0), "min": stacked.amin(0)}
         rows.append(by[reduce])
@@ -57,7 +60,9 @@ def test_aggregate_values_and_gradients(backend, reduce, weighted):
     expected = summed_by_hand(edge_index, x, weight, 6, reduce)
     # At most 14 terms of size below 10: float32 rounds each partial sum by 2^-24 of at most 140.
     torch.testing.assert_close(out, expected, rtol=0, atol=14 * 140 * 2**-24)
-    for got, wanted in zip(torch.autograd.grad(out, given, upstream), torch.autograd.grad(expected, given, upstream), strict=True):
+    for got, wanted in zip(
+        torch.autograd.grad(out, given, upstream), torch.autograd.grad(expected, given, upstream), strict=True
+    ):
         torch.testing.assert_close(got, wanted, rtol=0, atol=14 * 140 * 2**-24)
     assert out[5].tolist() == [0.0] * 5  # the node without edges
 
@@ -146,7 +151,9 @@ def test_aggregate_rows_of_mixed_widths(backend):
     weight = torch.rand(14)
     for w in (None, weight):
         for reduce in ("sum", "mean"):
-            torch.testing.assert_close(ops.aggregate(graph, q, w, reduce), summed_by_hand(edge_index, q.dequantize(), w, 6, reduce))
+            torch.testing.assert_close(
+                ops.aggregate(graph, q, w, reduce), summed_by_hand(edge_index, q.dequantize(), w, 6, reduce)
+            )
 
 
 def test_unsorted_schedule_gives_the_same_integers(backend):
@@ -173,16 +180,58 @@ def test_empty_graphs(backend):
 @pytest.mark.parametrize(
     ("x", "weight", "reduce", "error", "message"),
     [
-        (torch.ones(6, 2), None, "median", ValueError, "reduce must be one of 'sum', 'mean', 'max', 'min', got 'median'"),
+        (
+            torch.ones(6, 2),
+            None,
+            "median",
+            ValueError,
+            "reduce must be one of 'sum', 'mean', 'max', 'min', got 'median'",
+        ),
         (torch.ones(5, 2), None, "sum", ValueError, r"x must be \[6, F\] for Graph\(.*\), got shape \(5, 2\)"),
         (torch.ones(6), None, "sum", ValueError, r"x must be \[6, F\]"),
-        (torch.ones(6, 2, dtype=torch.long), None, "sum", TypeError, "x must be a floating-point tensor or a QTensor, got torch.int64"),
+        (
+            torch.ones(6, 2, dtype=torch.long),
+            None,
+            "sum",
+            TypeError,
+            "x must be a floating-point tensor or a QTensor, got torch.int64",
+        ),
         ([[1.0]], None, "sum", TypeError, "x must be a torch.Tensor or a QTensor, got list"),
-        (torch.ones(6, 2, device="meta"), None, "sum", ValueError, r"x is on meta and the graph on cpu; move one with .to\(\)"),
-        (torch.ones(6, 2), torch.ones(13), "sum", ValueError, r"edge_weight must be \[14\], one for each edge, got \(13,\)"),
-        (torch.ones(6, 2), torch.ones(14, dtype=torch.long), "sum", TypeError, "edge_weight must be a floating-point tensor"),
-        (QTensor.quantize(torch.ones(6, 2), 1.0, 4), None, "max", ValueError, r"takes a float tensor; pass x.dequantize\(\)"),
-        (QTensor.quantize(torch.ones(6, 2), 1.0, 4, axis="col"), torch.ones(14), "sum", ValueError, "edge weights need steps per row"),
+        (
+            torch.ones(6, 2, device="meta"),
+            None,
+            "sum",
+            ValueError,
+            r"x is on meta and the graph on cpu; move one with .to\(\)",
+        ),
+        (
+            torch.ones(6, 2),
+            torch.ones(13),
+            "sum",
+            ValueError,
+            r"edge_weight must be \[14\], one for each edge, got \(13,\)",
+        ),
+        (
+            torch.ones(6, 2),
+            torch.ones(14, dtype=torch.long),
+            "sum",
+            TypeError,
+            "edge_weight must be a floating-point tensor",
+        ),
+        (
+            QTensor.quantize(torch.ones(6, 2), 1.0, 4),
+            None,
+            "max",
+            ValueError,
+            r"takes a float tensor; pass x.dequantize\(\)",
+        ),
+        (
+            QTensor.quantize(torch.ones(6, 2), 1.0, 4, axis="col"),
+            torch.ones(14),
+            "sum",
+            ValueError,
+            "edge weights need steps per row",
+        ),
     ],
 )
 def test_aggregate_errors(x, weight, reduce, error, message):
@@ -201,14 +250,14 @@ def test_headroom():
     ops.check_headroom(graph)
     graph.max_degree = 2**24
     ops.check_headroom(graph, 3)  # codes of 4 bits have more room
-    with pytest.raises(ValueError, match="a node has 16777216 in-edges: int32 sums of 8-bit codes could overflow"):
+    with pytest.raises(ValueError, match=r"a node has 16777216 in-edges: int32 sums of 8-bit codes could overflow"):
         ops.check_headroom(graph)
     q = QTensor.quantize(torch.ones(1, 2), 1.0, 8, axis="col", signed=False)
     graph.max_degree = 2**23
-    with pytest.raises(ValueError, match="could overflow"):
+    with pytest.raises(ValueError, match=r"could overflow"):
         ops.aggregate(graph, q)
     ops.check_product_headroom(65_793)  # 65793 * 255 * 128 = 2,147,483,520 = 2^31 - 128
-    with pytest.raises(ValueError, match="65794 products of 8-bit codes could overflow int32; split the features"):
+    with pytest.raises(ValueError, match=r"65794 products of 8-bit codes could overflow int32; split the features"):
         ops.check_product_headroom(65_794)
 
 
@@ -269,9 +318,14 @@ def test_fake_quantize_equals_the_packed_codes(backend):
 
 
 def test_local_gradient_does_not_depend_on_the_upstream_gradient(backend):
-    x, step, bits = torch.randn(4, 6), torch.full((4,), 0.2, requires_grad=True), torch.full((4,), 3.0, requires_grad=True)
+    x, step, bits = (
+        torch.randn(4, 6),
+        torch.full((4,), 0.2, requires_grad=True),
+        torch.full((4,), 3.0, requires_grad=True),
+    )
     first, second = (
-        torch.autograd.grad(ops.fake_quantize(x, step, bits, gradient="local"), [step, bits], torch.full((4, 6), g)) for g in (1.0, -50.0)
+        torch.autograd.grad(ops.fake_quantize(x, step, bits, gradient="local"), [step, bits], torch.full((4, 6), g))
+        for g in (1.0, -50.0)
     )
     assert torch.equal(first[0], second[0])
     assert torch.equal(first[1], second[1])
@@ -319,7 +373,11 @@ def test_fake_quantize_strided(backend):
     out, expected = (ops.fake_quantize(v, s, 3) for v, s in zip((x, dense), steps, strict=True))
     assert torch.equal(out, expected)
     upstream = torch.randn(4, 6).t()
-    for got, wanted in zip(torch.autograd.grad(out, [x, steps[0]], upstream), torch.autograd.grad(expected, [dense, steps[1]], upstream), strict=True):
+    for got, wanted in zip(
+        torch.autograd.grad(out, [x, steps[0]], upstream),
+        torch.autograd.grad(expected, [dense, steps[1]], upstream),
+        strict=True,
+    ):
         assert torch.equal(got, wanted)
 
 
@@ -396,7 +454,13 @@ def test_affine_protected_rows_pass(backend):
     ],
 )
 def test_affine_errors(arguments, message):
-    given = {"x": torch.ones(3, 2), "scale": torch.ones(1), "zero": torch.zeros(1, dtype=torch.int32), "bits": 4, **arguments}
+    given = {
+        "x": torch.ones(3, 2),
+        "scale": torch.ones(1),
+        "zero": torch.zeros(1, dtype=torch.int32),
+        "bits": 4,
+        **arguments,
+    }
     with pytest.raises(ValueError, match=message):
         ops.fake_quantize_affine(**given)
 
@@ -438,9 +502,9 @@ def test_quantized_linear_errors():
         ops.quantized_linear(x, weight.t(), steps, steps)
     with pytest.raises(ValueError, match=r"step must be a number or have shape \[4\]"):
         ops.quantized_linear(x, weight, torch.ones(3), steps)
-    with pytest.raises(TypeError, match="x and weight must be float32, got torch.float16 and torch.float32"):
+    with pytest.raises(TypeError, match=r"x and weight must be float32, got torch.float16 and torch.float32"):
         ops.quantized_linear(x.half(), weight, steps, steps)
-    with pytest.raises(ValueError, match="ste must be one of"):
+    with pytest.raises(ValueError, match=r"ste must be one of"):
         ops.quantized_linear(x, weight, steps, steps, ste="none")
 
 
@@ -461,7 +525,9 @@ def test_matmul(backend, signed, w_bits, x_bits):
     acc = xq.codes().double() @ wq.codes().double()
     assert out.acc.dtype == torch.int32
     assert torch.equal(out.acc.double(), acc)
-    expected = acc.float() * xq.step.unsqueeze(1) * wq.step + bias  # the order of the epilogue: every rounding is the same
+    expected = (
+        acc.float() * xq.step.unsqueeze(1) * wq.step + bias
+    )  # the order of the epilogue: every rounding is the same
     assert torch.equal(out.as_subclass(torch.Tensor), expected)
     # 19 products of float32 roundings of the two factors and of their sum
     dense = xq.dequantize().double() @ wq.dequantize().double() + bias
@@ -480,20 +546,20 @@ def test_matmul_result_behaves_like_a_tensor():
 def test_matmul_errors():
     x, w = torch.ones(3, 4), torch.ones(4, 2)
     xq, wq = QTensor.quantize(x, 0.1, 8), QTensor.quantize(w, 0.1, 8, axis="col")
-    with pytest.raises(TypeError, match="matmul takes two QTensors, got Tensor and QTensor; see QTensor.quantize"):
+    with pytest.raises(TypeError, match=r"matmul takes two QTensors, got Tensor and QTensor; see QTensor.quantize"):
         ops.matmul(x, wq)
     with pytest.raises(ValueError, match=r"x \(3, 4\) and w \(3, 4\) do not fit"):
         ops.matmul(xq, QTensor.quantize(x, 0.1, 8, axis="col"))
-    with pytest.raises(ValueError, match='x needs axis="row"; w needs axis="col", signed=True and no zero point'):
+    with pytest.raises(ValueError, match=r'x needs axis="row"; w needs axis="col", signed=True and no zero point'):
         ops.matmul(xq, QTensor.quantize(w, 0.1, 8))
-    with pytest.raises(ValueError, match="signed=True"):
+    with pytest.raises(ValueError, match=r"signed=True"):
         ops.matmul(xq, QTensor.quantize(w, 0.1, 8, axis="col", signed=False))
     with pytest.raises(ValueError, match=r"bias must be \[2\], got \(3,\)"):
         ops.matmul(xq, wq, torch.ones(3))
-    with pytest.raises(ValueError, match="x is on cpu and w on meta"):
+    with pytest.raises(ValueError, match=r"x is on cpu and w on meta"):
         ops.matmul(xq, wq.to("meta"))
     wide = QTensor.quantize(torch.zeros(1, 65_794), 1.0, 1)
-    with pytest.raises(ValueError, match="65794 products"):
+    with pytest.raises(ValueError, match=r"65794 products"):
         ops.matmul(wide, QTensor.quantize(torch.zeros(65_794, 1), 1.0, 1, axis="col"))
 
 
@@ -503,5 +569,5 @@ def test_matmul_with_a_zero_point(backend):
     shifted = QTensor(plain.data, plain.step, plain.bits, "row", False, 7, plain.counts, None, zero=100)
     wq = QTensor.quantize(torch.randn(7, 3), 0.05, 4, axis="col")
     assert torch.equal(ops.matmul(shifted, wq).acc.double(), (plain.codes() - 100).double() @ wq.codes().double())
-    with pytest.raises(ValueError, match="has a zero point; pass x.dequantize"):
+    with pytest.raises(ValueError, match=r"has a zero point; pass x.dequantize"):
         ops.aggregate(small_graph(5)[0], shifted)

@@ -27,7 +27,9 @@ def test_rounding_is_half_away_from_zero(backend):
     assert q.dequantize().dtype == torch.float32
 
 
-@pytest.mark.parametrize(("signed", "largest"), [(True, [0, 0, 1, 3, 7, 15, 31, 63, 127]), (False, [0, 1, 3, 7, 15, 31, 63, 127, 255])])
+@pytest.mark.parametrize(
+    ("signed", "largest"), [(True, [0, 0, 1, 3, 7, 15, 31, 63, 127]), (False, [0, 1, 3, 7, 15, 31, 63, 127, 255])]
+)
 def test_largest_code_of_every_width(backend, signed, largest):
     widths = torch.arange(9)
     x = torch.full((9, 3), 1000.0)
@@ -81,7 +83,9 @@ def test_non_contiguous_and_half_precision_inputs(backend):
     assert torch.equal(QTensor.quantize(x.t()[::3, ::2].t(), torch.tensor([0.25, 9.0] * 4)[::2], 5).data, expected.data)
     for dtype in (torch.float16, torch.bfloat16, torch.float64):
         rounded = x.to(dtype)
-        assert torch.equal(QTensor.quantize(rounded, 0.25, 5).codes(), QTensor.quantize(rounded.float(), 0.25, 5).codes())
+        assert torch.equal(
+            QTensor.quantize(rounded, 0.25, 5).codes(), QTensor.quantize(rounded.float(), 0.25, 5).codes()
+        )
 
 
 def test_bytes_by_hand():
@@ -131,7 +135,7 @@ def test_container():
     x = torch.rand(4, 5)
     assert [QTensor.quantize(x, 0.1, b).container for b in (0, 1, 2, 3, 4, 5, 8)] == [0, 0, 2, 4, 4, 8, 8]
     assert QTensor.quantize(torch.rand(0, 5), 0.1, 2).container == 8
-    with pytest.raises(ValueError, match="rows of several containers; the operation needs one"):
+    with pytest.raises(ValueError, match=r"rows of several containers; the operation needs one"):
         _ = QTensor.quantize(x, 0.1, torch.tensor([2, 4, 4, 4])).container
 
 
@@ -170,21 +174,51 @@ NAN, INF = float("nan"), float("inf")
     ("x", "arguments", "error", "message"),
     [
         ([[1.0]], {}, TypeError, "x must be a torch.Tensor, got list"),
-        (torch.ones(2, 2, dtype=torch.int32), {}, TypeError, r"x must be a floating-point tensor, got torch.int32; convert it with .float\(\)"),
+        (
+            torch.ones(2, 2, dtype=torch.int32),
+            {},
+            TypeError,
+            r"x must be a floating-point tensor, got torch.int32; convert it with .float\(\)",
+        ),
         (torch.ones(4), {}, ValueError, r"x must be 2-D \[nodes, features\], got shape \(4,\)"),
         (torch.tensor([[1.0, 2.0], [3.0, NAN]]), {}, ValueError, r"x\[1, 1\] is nan; quantization needs finite values"),
         (torch.tensor([[1.0, -INF], [3.0, NAN]]), {}, ValueError, r"x\[0, 1\] is -inf"),
-        (torch.ones(3, 2), {"step": torch.tensor([1.0, 0.0, -1.0])}, ValueError, r"step\[1\] is 0.0; steps must be positive and finite"),
+        (
+            torch.ones(3, 2),
+            {"step": torch.tensor([1.0, 0.0, -1.0])},
+            ValueError,
+            r"step\[1\] is 0.0; steps must be positive and finite",
+        ),
         (torch.ones(3, 2), {"step": torch.tensor([1.0, 1.0, -1.0])}, ValueError, r"step\[2\] is -1.0"),
         (torch.ones(3, 2), {"step": torch.tensor([1.0, INF, 1.0])}, ValueError, r"step\[1\] is inf"),
         (torch.ones(3, 2), {"step": NAN}, ValueError, r"step\[0\] is nan"),
-        (torch.ones(3, 2), {"step": torch.ones(2)}, ValueError, r"step must be a number or have shape \[3\] for axis=\"row\" of x \(3, 2\), got \(2,\)"),
+        (
+            torch.ones(3, 2),
+            {"step": torch.ones(2)},
+            ValueError,
+            r"step must be a number or have shape \[3\] for axis=\"row\" of x \(3, 2\), got \(2,\)",
+        ),
         (torch.ones(3, 2), {"bits": torch.ones(4)}, ValueError, r"bits must be a number or have shape \[3\]"),
-        (torch.ones(3, 2), {"step": torch.ones(3), "axis": "col"}, ValueError, r"step must be a number or have shape \[2\] for axis=\"col\""),
+        (
+            torch.ones(3, 2),
+            {"step": torch.ones(3), "axis": "col"},
+            ValueError,
+            r"step must be a number or have shape \[2\] for axis=\"col\"",
+        ),
         (torch.ones(3, 2), {"axis": "node"}, ValueError, r"axis must be \"row\" .* or \"col\" .*, got 'node'"),
-        (torch.ones(3, 2), {"step": torch.ones(3, device="meta")}, ValueError, "step is on meta and x on cpu; move one"),
+        (
+            torch.ones(3, 2),
+            {"step": torch.ones(3, device="meta")},
+            ValueError,
+            "step is on meta and x on cpu; move one",
+        ),
         (torch.ones(3, 2), {"bits": NAN}, ValueError, "bits has values that are not finite; widths are 0 to 8"),
-        (torch.tensor([[1.0, 0.0], [-0.0, -2.0]]), {"signed": False}, ValueError, r"x\[1, 1\] is negative; pass signed=True"),
+        (
+            torch.tensor([[1.0, 0.0], [-0.0, -2.0]]),
+            {"signed": False},
+            ValueError,
+            r"x\[1, 1\] is negative; pass signed=True",
+        ),
     ],
 )
 def test_errors(x, arguments, error, message):

@@ -66,9 +66,13 @@ def test_scheme_suffixes():
     assert (scheme.bits, scheme.ste, scheme.observer, scheme.percentile) == (8, "clip", "momentum", 0.0)
 
 
-@pytest.mark.parametrize("name", ["int3", "int8-fast", "dq", "dq-int8-minmax", "a2q-minmax", "fp32-clip", "", "INT8", "int8-"])
+@pytest.mark.parametrize(
+    "name", ["int3", "int8-fast", "dq", "dq-int8-minmax", "a2q-minmax", "fp32-clip", "", "INT8", "int8-"]
+)
 def test_unknown_schemes_say_what_there_is(name):
-    with pytest.raises(ValueError, match=f"there is no scheme '{name}'; choose one of fp32, int8, int4, dq-int8, dq-int4, a2q"):
+    with pytest.raises(
+        ValueError, match=f"there is no scheme '{name}'; choose one of fp32, int8, int4, dq-int8, dq-int4, a2q"
+    ):
         parse(name)
 
 
@@ -77,14 +81,16 @@ def test_quantizer_of_every_scheme():
     assert GCNConv(2, 2).quantizer is None
     for scheme, kind in kinds.items():
         assert type(GCNConv(2, 2, scheme=scheme, num_nodes=3).quantizer) is kind
-    with pytest.raises(ValueError, match="pass num_nodes"):
+    with pytest.raises(ValueError, match=r"pass num_nodes"):
         Linear(2, 2, scheme="a2q")
 
 
 # ranges -------------------------------------------------------------------------------------------------------------------------------
 
 
-def ranged(observer: str, *batches: list[float], symmetric: bool = False, bits: int = 4, **more: object) -> RangeQuantizer:
+def ranged(
+    observer: str, *batches: list[float], symmetric: bool = False, bits: int = 4, **more: object
+) -> RangeQuantizer:
     quantizer = RangeQuantizer(Scheme("test", "qat", bits, observer=observer, **more), symmetric)
     for batch in batches:
         quantizer.observe(torch.tensor([batch]))
@@ -207,14 +213,16 @@ def test_protection_probability_per_graph():
 
 @pytest.mark.parametrize(("low", "high"), [(-0.1, 0.1), (0.2, 0.1), (0.0, 1.1)])
 def test_protection_probability_errors(low, high):
-    with pytest.raises(ValueError, match="protection needs 0 <= p_min <= p_max <= 1"):
+    with pytest.raises(ValueError, match=r"protection needs 0 <= p_min <= p_max <= 1"):
         protection_probability(torch.tensor([1]), low, high)
 
 
 def test_masks_are_drawn_anew_for_every_layer_and_step(monkeypatch):
     masks = []
     begin = DegreeQuantQuantizer.begin
-    monkeypatch.setattr(DegreeQuantQuantizer, "begin", lambda self, graph: masks.append(begin(self, graph)) or masks[-1])
+    monkeypatch.setattr(
+        DegreeQuantQuantizer, "begin", lambda self, graph: masks.append(begin(self, graph)) or masks[-1]
+    )
     torch.manual_seed(0)
     edge_index = torch.randint(0, 200, (2, 600))
     model = TwoLayers("dq-int8")
@@ -341,13 +349,17 @@ def test_a2q_layer_is_the_formula():
     layer, x = GCNConv(6, 3, scheme="a2q", num_nodes=4), torch.randn(4, 6)
     layer(x, EDGES)
     codes, (step, bits) = layer.quantizer.input_codes(x), layer.quantizer.operand_codes()
-    x_q = torch.stack([quantized(row, s, b) for row, s, b in zip(x, codes.step.tolist(), codes.bits.tolist(), strict=True)])
+    x_q = torch.stack(
+        [quantized(row, s, b) for row, s, b in zip(x, codes.step.tolist(), codes.bits.tolist(), strict=True)]
+    )
     product = x_q @ layer.quantizer.weight_codes(layer.lin.weight.detach()).dequantize().t()
     graph = Graph.from_edge_index(EDGES, 4).with_self_loops
     factor = graph.inv_sqrt_degree.unsqueeze(1)
     columns = zip((product * factor).t(), step.tolist(), bits.tolist(), strict=True)
     operand = torch.stack([quantized(column, s, b) for column, s, b in columns], 1)
-    dense = torch.zeros(4, 4).index_put_((graph.rows.long(), graph.indices.long()), torch.ones(graph.num_edges), accumulate=True)
+    dense = torch.zeros(4, 4).index_put_(
+        (graph.rows.long(), graph.indices.long()), torch.ones(graph.num_edges), accumulate=True
+    )
     torch.testing.assert_close(layer(x, EDGES), factor * (dense @ operand) + layer.bias)
 
 
@@ -402,7 +414,9 @@ def test_averages_by_hand():
     got = averages(maps)
     assert got.average_bits == pytest.approx((2 + 1) / 2)
     assert got.average_bits_dim == pytest.approx((10 * 2 + 30 * 1) / 40)
-    assert got.average_bits_all == pytest.approx((100 * 1 + 10 * 4 + 10 * 2 + 3 * 4 + 30 * 1 + 5 * 32) / (100 + 10 + 10 + 3 + 30 + 5))
+    assert got.average_bits_all == pytest.approx(
+        (100 * 1 + 10 * 4 + 10 * 2 + 3 * 4 + 30 * 1 + 5 * 32) / (100 + 10 + 10 + 3 + 30 + 5)
+    )
     assert got.compression == pytest.approx(32 * 40 / 50)
     # 4 nodes: 40 * 4 elements in 50 * 4 bits, and a 32-bit step for each node of two maps
     assert got.compression_with_steps == pytest.approx(32 * 160 / (200 + 2 * 4 * 32))
@@ -411,8 +425,19 @@ def test_averages_by_hand():
 def test_averages_of_an_unquantized_model():
     maps = feature_maps(TwoLayers("fp32"), 4)
     got = averages(maps)
-    assert (got.average_bits, got.average_bits_dim, got.average_bits_all, got.compression, got.compression_with_steps) == (32, 32, 32, 1, 1)
-    assert [(m.name, m.dim, m.nodes) for m in maps] == [("first.input", 6, 4), ("first.operand", 8, 4), ("second.input", 8, 4), ("second.operand", 3, 4)]
+    assert (
+        got.average_bits,
+        got.average_bits_dim,
+        got.average_bits_all,
+        got.compression,
+        got.compression_with_steps,
+    ) == (32, 32, 32, 1, 1)
+    assert [(m.name, m.dim, m.nodes) for m in maps] == [
+        ("first.input", 6, 4),
+        ("first.operand", 8, 4),
+        ("second.input", 8, 4),
+        ("second.operand", 3, 4),
+    ]
 
 
 def test_feature_maps_of_a_quantized_model():

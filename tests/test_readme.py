@@ -12,8 +12,9 @@ from qgnn import cli
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-(EXAMPLE,) = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
-SHELL = "".join(re.findall(r"^```\n(.*?)^```", README, re.MULTILINE | re.DOTALL))
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+(EXAMPLE,) = [text for language, text in BLOCKS if language == "python"]
+SHELL = "".join(text for language, text in BLOCKS if not language)
 COMMANDS = re.findall(r"^(qgnn .*?)(?: +#.*)?$", SHELL, re.MULTILINE)
 
 

@@ -24,7 +24,7 @@ def small(scheme: str, **changes: object) -> tuple[Recipe, quant.Scheme]:
 def trainer(scheme: str, seed: int = 0, **changes: object) -> train.Trainer:
     recipe, parsed = small(scheme, **changes)
     torch.manual_seed(seed)
-    return train.Trainer(train.build("gcn", parsed, DIGITS, recipe), train.prepare(DIGITS, recipe), recipe)
+    return train.Trainer(train.build(parsed, DIGITS, recipe), train.prepare(DIGITS, recipe), recipe)
 
 
 @pytest.mark.parametrize("scheme", ["fp32", "int8", "int4", "dq-int8", "dq-int4", "a2q"])
@@ -71,8 +71,9 @@ def test_resumed_training_is_the_same_training(tmp_path: Path, scheme: str, stop
         if done > stop_after:
             raise KeyboardInterrupt
 
-    whole, interrupted = trainer(scheme), trainer(scheme)
+    whole = trainer(scheme)
     whole.run()
+    interrupted = trainer(scheme)
     with pytest.raises(KeyboardInterrupt):
         interrupted.run(tmp_path / "c.pt", stop)
     torch.manual_seed(99)
@@ -87,7 +88,7 @@ def test_resumed_training_is_the_same_training(tmp_path: Path, scheme: str, stop
 def test_checkpoint_errors(tmp_path: Path) -> None:
     path = tmp_path / "c.pt"
     path.write_bytes(b"not a checkpoint")
-    with pytest.raises(ValueError, match=r"cannot be read .* delete it"):
+    with pytest.raises(ValueError, match=r"cannot be read, it is damaged .* delete it"):
         trainer("a2q").run(path)
     path.unlink()
     trainer("a2q").run(path)
@@ -109,9 +110,10 @@ def test_nan_stops_with_the_epoch_and_the_tensor() -> None:
         t.run()
 
 
-def test_no_epoch_within_the_limit_is_an_error() -> None:
-    with pytest.raises(train.TrainingError, match="no quantized epoch had an average width within the limit of 0.5 bits"):
-        trainer("a2q", bits_limit=0.5).run()
+def test_without_an_epoch_within_the_limit_the_narrowest_is_taken() -> None:
+    t = trainer("a2q", bits_limit=0.5, penalty=100.0, lr_bits=0.1, bits_share=1.0)
+    t.run()
+    assert t.progress.best.key is not None and t.progress.best.key[0] == pytest.approx(0.5 - t.average_bits())
 
 
 def test_penalty_lowers_the_widths() -> None:
@@ -119,8 +121,7 @@ def test_penalty_lowers_the_widths() -> None:
     widths = []
     for t in (free, pressed):
         t.run()
-        t.model.load_state_dict(t.model.state_dict())
-        widths.append(t._average_bits())
+        widths.append(t.average_bits())
     assert widths[1] < widths[0]
 
 
@@ -136,4 +137,4 @@ def test_unknown_names() -> None:
 def test_every_scheme_has_a_recipe_for_every_family() -> None:
     for scheme in quant.SCHEMES.values():
         assert recipe_for("gcn", scheme, DIGITS).epochs > 0
-    assert {model for model, _, _ in RECIPES} == set(train.MODELS)
+        assert ("gcn", scheme.method, "citation") in RECIPES

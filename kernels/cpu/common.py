@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from typing import Any
 
 import numba
 import numpy as np
@@ -26,7 +27,7 @@ from torch import Tensor
 
 from ..packing import CONTAINERS, bucket_starts, row_bytes
 
-Array = NDArray[np.generic]
+Array = NDArray[Any]
 
 # error_model: a division that checks for zero is not vectorised. No fastmath: codes must agree with the reference to
 # the bit.
@@ -41,8 +42,7 @@ parallel_kernel = numba.njit(nogil=True, cache=True, error_model="numpy", parall
 sum_kernel = numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc", "contract", "nsz"})
 
 SERIAL_WORK = 1 << 17
-"""Elements below which a second thread costs more than it saves: waking one takes 5 to 20 µs, and a core does 2^17
-elements in about 30 µs."""
+"""Elements below which the work stays on one thread: it is then about as long as it takes to wake a second one."""
 
 parallel_lock = threading.Lock()
 """Held around parallel kernels: Numba's fallback threading layer ends the process when two Python threads enter it at
@@ -95,10 +95,10 @@ def empty_packed(counts: Sequence[int], features: int) -> Tensor:
 
 
 @intrinsic
-def prefetch(typingctx, table, row, column):  # type: ignore[no-untyped-def]
+def prefetch(typingctx, table, row, column):
     """Asks for the cache line of ``table[row, column]``; a hint, never a fault."""
 
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, args):
         kind = signature.args[0]
         view = arrayobj.make_array(kind)(context, builder, args[0])
         index = [context.cast(builder, a, t, types.intp) for a, t in zip(args[1:], signature.args[1:], strict=True)]

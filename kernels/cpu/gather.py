@@ -1,8 +1,8 @@
 """Vector loops over edges, as LLVM IR: the sums stay in registers from the first edge of a row to the last.
 
-Numba's own loops put the partial sums back into memory after every few edges and ask for no memory ahead. At 169,343
-nodes, 2,332,486 edges and
-F = 128 with 2 threads that costs a factor of two (31 ms against 13 ms for float32 sums).
+Numba's own loops put the partial sums back into memory after every few edges and ask for no memory ahead. Measured as
+processor time of one thread (Zen 5, AVX-512, busy machine), float32 sums: 20,000 nodes, 280,000 edges, F = 64: 1.1 ms,
+torch CSR 8.7, PyG scatter 70; 2,708 nodes, 13,264 edges, F = 16: 46 µs, torch CSR 34, PyG scatter 348.
 
 A block is ``W`` neighbouring columns; ``<W x T>`` is split by LLVM into as many registers as the processor needs. Rows
 of any length are a sum of blocks of :data:`BLOCKS` columns.
@@ -101,19 +101,18 @@ def _as_words(context: Any, builder: Any, kinds: Any, arguments: Any) -> list[An
 
 def _sum_block(width: int) -> Any:
     @intrinsic
-    def sum_block(typingctx, indices, first, last, table, column, step, weight, out, row):  # type:
-    ignore[no-untyped-def]
+    def sum_block(typingctx, indices, first, last, table, column, step, weight, out, row):
         """``out[row, column:][:width] = sum of weight[e] * step[source] * table[source, column:][:width]``; step and
         weight may be None."""
         signature = types.void(indices, first, last, table, column, step, weight, out, row)
 
-        def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        def codegen(context, builder, signature, args):
             kinds = signature.args
             args = _as_words(context, builder, kinds, args)
             number = context.get_data_type(kinds[7].dtype)
             vector = ir.VectorType(number, width)
 
-            def body(edge, source, loaded, sums):  # type: ignore[no-untyped-def]
+            def body(edge, source, loaded, sums):
                 if isinstance(kinds[3].dtype, types.Integer):
                     loaded = (builder.sitofp if kinds[3].dtype.signed else builder.uitofp)(loaded, vector)
                 factor = None
@@ -142,19 +141,19 @@ def _sum_codes_block(width: int, container: int) -> Any:
     byte, word = ir.VectorType(ir.IntType(8), width), ir.VectorType(ir.IntType(32), width)
 
     @intrinsic
-    def sum_codes(typingctx, indices, first, last, table, column, flip, planes):  # type: ignore[no-untyped-def]
+    def sum_codes(typingctx, indices, first, last, table, column, flip, planes):
         """Adds the codes in ``width`` bytes from ``column`` on, each xor ``flip``, to ``planes[lane, column:]``
         (int32). The edges must be so few that the sums fit 8 bits (16 for containers of 8 bits), of which a register
         holds four (two) times as many."""
         signature = types.void(indices, first, last, table, column, flip, planes)
 
-        def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        def codegen(context, builder, signature, args):
             kinds = signature.args
             args = _as_words(context, builder, kinds, args)
             mask = _splat(builder, builder.trunc(args[5], ir.IntType(8)), width)
             low = ir.Constant(byte, [(1 << container) - 1] * width)
 
-            def body(edge, source, loaded, sums):  # type: ignore[no-untyped-def]
+            def body(edge, source, loaded, sums):
                 loaded = builder.xor(loaded, mask)
                 if container == 8:
                     return [builder.add(sums[0], builder.zext(loaded, narrow))]

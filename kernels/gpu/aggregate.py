@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .aggregate_extreme import aggregate_arg_backward, aggregate_extreme
 from .aggregate_packed import aggregate_packed
-from .common import EXACT, LAYOUT_FIRSTS, LAYOUT_SIGNATURE, CompileCase, check_dtype, layout_arguments
+from .common import EXACT, LAYOUT_FIRSTS, LAYOUT_SIGNATURE, CompileCase, _cast, check_dtype, layout_arguments
 from .rows import _row_codes
 from .segments import (
     SCHEDULE_SIGNATURE,
@@ -67,7 +67,7 @@ def _store_sum(
     if RELU:
         b_sum = tl.where(b_sum < 0, 0.0, b_sum)  # NaN stays
     p_tile = p_out + b_row[:, None] * F + o_f[None, :]
-    tl.store(p_tile, b_sum.to(p_out.dtype.element_ty), mask=m_row[:, None] & m_f[None, :])
+    tl.store(p_tile, _cast(b_sum, p_out), mask=m_row[:, None] & m_f[None, :])
 
 
 @triton.jit(do_not_specialize=["R", "S", *LAYOUT_FIRSTS])

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import EXACT, CompileCase, check_dtype
+from .common import EXACT, CompileCase, _cast, check_dtype
 from .segments import (
     SCHEDULE_SIGNATURE,
     _last_to_arrive,
@@ -65,7 +65,7 @@ def _fold(b_best, b_arg, p_x, p_weight, p_indices, b_edge, m_edge, o_f, m_f, F, 
 def _store_extreme(p_out, p_arg, b_best, b_arg, b_row, m_row, o_f, m_f, F, LARGEST: tl.constexpr):
     o_tile = b_row[:, None] * F + o_f[None, :]
     m_tile = m_row[:, None] & m_f[None, :]
-    tl.store(p_out + o_tile, _value(b_best, LARGEST).to(p_out.dtype.element_ty), mask=m_tile)
+    tl.store(p_out + o_tile, _cast(_value(b_best, LARGEST), p_out), mask=m_tile)
     tl.store(p_arg + o_tile, b_arg, mask=m_tile)
 
 
@@ -153,7 +153,7 @@ def _aggregate_arg_bwd_kernel(
         if p_weight is not None:
             b_grad *= tl.load(p_weight + b_edge, mask=m_e, other=0).to(tl.float32)[:, None]
         b_acc += tl.where(m_taken, b_grad, 0.0)
-    tl.store(p_dx + i_row * F + o_f, tl.sum(b_acc, axis=0).to(p_dx.dtype.element_ty), mask=m_f)
+    tl.store(p_dx + i_row * F + o_f, _cast(tl.sum(b_acc, axis=0), p_dx), mask=m_f)
 
 
 def aggregate_extreme(

@@ -299,7 +299,7 @@ def aggregate_packed(
     stride = row_bytes(container, features)
     words = stride % 16 == 0
     block_f = min(max(triton.next_power_of_2(features), 16), 128)
-    block_r, block_e = min(32, 4096 // block_f), min(64, 4096 // block_f)
+    block_r, block_e = min(32, 4096 // block_f), min(128, 4096 // block_f)
     blocks = triton.cdiv(padded_features(out_counts, features) if packed else features, block_f)
     arrived, slots = workspace(schedule, features, blocks, [torch.int32])
     layout = layout_arguments(out_counts if packed else [0] * 5, features)
@@ -328,8 +328,10 @@ def _case(name: str, x: str, container: int, unit: int, output: str, out: str, *
     signature = {
         **SCHEDULE_SIGNATURE, "p_slots": "*i32", "p_pos": "*i32", "size": "i32",
         **dict.fromkeys(["p_row_scale", "p_col_scale", "p_bias", "p_step"], "*fp32"), "p_bits": "*u8", "p_out": out, "p_x": x,
-        "F": "i32:16", "stride_x": "i32:16", **LAYOUT_SIGNATURE,
+        "F": "i32:16", "stride_x": "i32:16" if unit == 32 else "i32", **LAYOUT_SIGNATURE,
     }  # fmt: skip
+    if unit == 8:  # 16 features: only rows of 8-bit codes have 16 bytes
+        signature |= dict.fromkeys(["stride_4", "stride_2", "stride_1"], "i32")
     signature = {argument: kind for argument, kind in signature.items() if argument not in constexprs}
     return CompileCase(name, _aggregate_packed_kernel, signature, constexprs, EXACT)
 
@@ -342,7 +344,5 @@ COMPILE_CASES = [
     _case("aggregate_packed_8_packed", "*i32", 8, 32, "packed", "*u8"),
     _case("aggregate_packed_4_packed", "*i32", 4, 32, "packed", "*u8"),
     _case("aggregate_packed_4_packed_uniform", "*i32", 4, 32, "packed", "*u8", OUT_CONTAINER=4, p_pos=None),
-    _case(
-        "aggregate_packed_4_bytes_packed", "*u8", 4, 8, "packed", "*u8", BLOCK_F=16, BLOCK_E=64, TAILS=True, stride_x=8
-    ),
+    _case("aggregate_packed_4_bytes_packed", "*u8", 4, 8, "packed", "*u8", BLOCK_F=16, BLOCK_E=128, TAILS=True),
 ]
