@@ -22,7 +22,9 @@ def affine_codes_reference(x: Tensor, scale: Tensor, zero: Tensor, bits: int) ->
     return shifted.clamp(0.0, top).to(torch.int32), (shifted < 0) | (shifted > top)
 
 
-def fake_quantize_affine_reference(x: Tensor, scale: Tensor, zero: Tensor, bits: int, protect: Tensor | None) -> tuple[Tensor, Tensor]:
+def fake_quantize_affine_reference(
+    x: Tensor, scale: Tensor, zero: Tensor, bits: int, protect: Tensor | None
+) -> tuple[Tensor, Tensor]:
     codes, outside = affine_codes_reference(x, scale, zero, bits)
     out = scale.to(compute_dtype(x)) * (codes - zero)
     keep = torch.isnan(x)
@@ -33,10 +35,14 @@ def fake_quantize_affine_reference(x: Tensor, scale: Tensor, zero: Tensor, bits:
 
 
 @torch.library.custom_op("qgnn::fake_quantize_affine", mutates_args=())
-def fake_quantize_affine(x: Tensor, scale: Tensor, zero: Tensor, bits: int, protect: Tensor | None) -> tuple[Tensor, Tensor]:
+def fake_quantize_affine(
+    x: Tensor, scale: Tensor, zero: Tensor, bits: int, protect: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """``scale * (code - zero)`` in the dtype of ``x`` ``[N, F]``, and one bit per element (uint8 ``[N, ceil(F / 8)]``) that is set where the
     rounded value lies outside the codes. Rows with ``protect`` (bool ``[N]``) set are copied and count as inside. NaN stays NaN."""
-    return implementation("affine", "fake_quantize_affine", fake_quantize_affine_reference, x)(x, scale, zero, bits, protect)  # type: ignore[no-any-return]
+    return implementation("affine", "fake_quantize_affine", fake_quantize_affine_reference, x)(
+        x, scale, zero, bits, protect
+    )
 
 
 @fake_quantize_affine.register_fake

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .backend import implementation
 from .matmul import epilogue_reference
-from .packing import bucket_starts, pack_reference, unpack_reference, uniform_counts
+from .packing import bucket_starts, pack_reference, uniform_counts, unpack_reference
 from .quantize import codes_reference, compute_dtype
 
 REDUCTIONS = ("sum", "mean", "max", "min")
@@ -41,8 +41,14 @@ def _extreme_reference(rows: Tensor, messages: Tensor, n: int, largest: bool) ->
     index = rows.long().unsqueeze(1).expand(edges, features)
     nan = messages.isnan()
     rank = (messages if largest else -messages).masked_fill(nan, -torch.inf)
-    best = torch.full((n, features), -torch.inf, dtype=messages.dtype, device=messages.device).scatter_reduce(0, index, rank, "amax")
-    has_nan = torch.zeros(n, features, dtype=torch.int32, device=messages.device).scatter_reduce(0, index, nan.int(), "amax").bool()
+    best = torch.full((n, features), -torch.inf, dtype=messages.dtype, device=messages.device).scatter_reduce(
+        0, index, rank, "amax"
+    )
+    has_nan = (
+        torch.zeros(n, features, dtype=torch.int32, device=messages.device)
+        .scatter_reduce(0, index, nan.int(), "amax")
+        .bool()
+    )
     position = torch.arange(edges, device=rows.device).unsqueeze(1).expand(edges, features)
     taken = torch.where(torch.where(has_nan[rows.long()], nan, rank == best[rows.long()]), position, edges)
     arg = torch.full((n, features), edges, device=rows.device).scatter_reduce(0, index, taken, "amin")
@@ -72,7 +78,9 @@ def aggregate(
 ) -> tuple[Tensor, Tensor]:
     """``x`` ``[M, F]`` (float16, bfloat16, float32; float64 on the reference), ``weight`` ``[E]`` or none -> ``out`` ``[N, F]`` in the dtype of
     ``x``, and ``arg`` ``[N, F]`` in the dtype of ``indptr`` (empty for sum and mean)."""
-    return implementation("aggregate", "aggregate", aggregate_reference, x)(indptr, indices, schedule, x, weight, reduce)  # type: ignore[no-any-return]
+    return implementation("aggregate", "aggregate", aggregate_reference, x)(
+        indptr, indices, schedule, x, weight, reduce
+    )
 
 
 @aggregate.register_fake
@@ -94,10 +102,14 @@ def aggregate_arg_backward_reference(
 
 
 @torch.library.custom_op("qgnn::aggregate_arg_backward", mutates_args=())
-def aggregate_arg_backward(indptr: Tensor, indices: Tensor, edges: Tensor, grad: Tensor, arg: Tensor, weight: Tensor | None) -> Tensor:
+def aggregate_arg_backward(
+    indptr: Tensor, indices: Tensor, edges: Tensor, grad: Tensor, arg: Tensor, weight: Tensor | None
+) -> Tensor:
     """Gradient of x for max and min, gathered over the transposed graph: ``indptr`` ``[M + 1]``, ``indices`` (destinations) and ``edges`` (CSR
     position of each transposed edge) ``[E]``; ``grad`` and ``arg`` ``[N, F]``; ``weight`` in CSR order -> ``[M, F]`` in the dtype of ``grad``."""
-    return implementation("aggregate", "aggregate_arg_backward", aggregate_arg_backward_reference, grad)(indptr, indices, edges, grad, arg, weight)  # type: ignore[no-any-return]
+    return implementation("aggregate", "aggregate_arg_backward", aggregate_arg_backward_reference, grad)(
+        indptr, indices, edges, grad, arg, weight
+    )
 
 
 @aggregate_arg_backward.register_fake
@@ -118,7 +130,7 @@ def edge_dot_reference(rows: Tensor, indices: Tensor, x: Tensor, grad: Tensor, a
 def edge_dot(rows: Tensor, indices: Tensor, x: Tensor, grad: Tensor, arg: Tensor | None) -> Tensor:
     """Gradient of the edge weights: the dot product of ``x[indices[e]]`` and ``grad[rows[e]]``, over the features where ``arg`` is ``e`` if it is
     given; ``x`` ``[M, F]``, ``grad`` ``[N, F]`` -> float32 (float64 for float64) ``[E]`` in CSR order."""
-    return implementation("aggregate", "edge_dot", edge_dot_reference, x)(rows, indices, x, grad, arg)  # type: ignore[no-any-return]
+    return implementation("aggregate", "edge_dot", edge_dot_reference, x)(rows, indices, x, grad, arg)
 
 
 @edge_dot.register_fake
@@ -127,7 +139,12 @@ def _(rows, indices, x, grad, arg):  # type: ignore[no-untyped-def]
 
 
 def _output_reference(
-    v: Tensor, out_step: Tensor | None, out_bits: Tensor | None, out_pos: Tensor | None, out_counts: Sequence[int], out_signed: bool
+    v: Tensor,
+    out_step: Tensor | None,
+    out_bits: Tensor | None,
+    out_pos: Tensor | None,
+    out_counts: Sequence[int],
+    out_signed: bool,
 ) -> Tensor:
     if out_step is None or out_bits is None:
         return v
@@ -137,7 +154,8 @@ def _output_reference(
 
 def aggregate_packed_reference(
     indptr: Tensor, indices: Tensor, schedule: Sequence[Tensor], x: Tensor, container: int, sources: int, features: int, signed: bool,
-    output: str, row_scale: Tensor | None, col_scale: Tensor | None, bias: Tensor | None, relu: bool, out_step: Tensor | None, out_bits: Tensor | None,
+    output: str, row_scale: Tensor | None, col_scale: Tensor | None, bias: Tensor | None, relu: bool,
+    out_step: Tensor | None, out_bits: Tensor | None,
     out_pos: Tensor | None, out_counts: Sequence[int], out_signed: bool,
 ) -> Tensor:  # fmt: skip
     codes = unpack_reference(x, None, uniform_counts(sources, container), features, signed)
@@ -152,21 +170,25 @@ def aggregate_packed_reference(
 @torch.library.custom_op("qgnn::aggregate_packed", mutates_args=())
 def aggregate_packed(
     indptr: Tensor, indices: Tensor, schedule: Sequence[Tensor], x: Tensor, container: int, sources: int, features: int, signed: bool,
-    output: str, row_scale: Tensor | None, col_scale: Tensor | None, bias: Tensor | None, relu: bool, out_step: Tensor | None, out_bits: Tensor | None,
+    output: str, row_scale: Tensor | None, col_scale: Tensor | None, bias: Tensor | None, relu: bool,
+    out_step: Tensor | None, out_bits: Tensor | None,
     out_pos: Tensor | None, out_counts: Sequence[int], out_signed: bool,
 ) -> Tensor:  # fmt: skip
     """Sums the codes of ``x`` (packed ``[M, F]``, all rows in one ``container``, ``M = sources``) in int32; the caller has checked that
     ``largest code * largest in-degree`` fits. ``output``: ``"acc"`` int32 ``[N, F]``; ``"float"`` float32 ``[N, F]``, after the epilogue with
     ``row_scale`` ``[N]``, ``col_scale`` ``[F]``, ``bias`` ``[F]``; ``"packed"``: the codes of that with ``out_step``, ``out_bits`` ``[N]``, where
     ``out_pos`` and ``out_counts`` say."""
-    return implementation("aggregate", "aggregate_packed", aggregate_packed_reference, x)(  # type: ignore[no-any-return]
+    return implementation("aggregate", "aggregate_packed", aggregate_packed_reference, x)(
         indptr, indices, schedule, x, container, sources, features, signed, output, row_scale, col_scale, bias, relu, out_step, out_bits, out_pos,
         out_counts, out_signed,
     )  # fmt: skip
 
 
 @aggregate_packed.register_fake
-def _(indptr, indices, schedule, x, container, sources, features, signed, output, row_scale, col_scale, bias, relu, out_step, out_bits, out_pos, out_counts, out_signed):  # type: ignore[no-untyped-def]  # fmt: skip
+def _(  # type: ignore[no-untyped-def]
+    indptr, indices, schedule, x, container, sources, features, signed, output, row_scale, col_scale, bias, relu, out_step, out_bits,
+    out_pos, out_counts, out_signed,
+):  # fmt: skip
     if output == "packed":
         return x.new_empty(bucket_starts(out_counts, features)[-1])
     return x.new_empty((indptr.shape[0] - 1, features), dtype=torch.int32 if output == "acc" else torch.float32)
@@ -192,7 +214,7 @@ def aggregate_rows(
 ) -> Tensor:  # fmt: skip
     """Sums ``weight[e] * step[source] * code`` in float32 in a fixed order: packed ``x`` ``[M, F]`` with a step per row and rows of mixed widths,
     ``weight`` ``[E]`` (float32) or none; then the epilogue without a column factor -> float32 ``[N, F]``."""
-    return implementation("aggregate", "aggregate_rows", aggregate_rows_reference, x)(  # type: ignore[no-any-return]
+    return implementation("aggregate", "aggregate_rows", aggregate_rows_reference, x)(
         indptr, indices, schedule, x, pos, counts, features, signed, step, weight, row_scale, bias, relu
     )
 

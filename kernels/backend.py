@@ -46,7 +46,9 @@ def implementation(operation: str, function: str, reference: Callable[..., Any],
     if name == "cpu":
         if device != "cpu":
             raise ValueError(f"backend 'cpu' takes CPU tensors, got one on {device}; move it or use backend 'triton'")
-        return getattr(importlib.import_module(f"{__package__}.cpu.{operation}"), function)  # type: ignore[no-any-return]
+        return getattr(importlib.import_module(f"{__package__}.cpu.{operation}"), function)
     if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-        raise ValueError("backend 'triton' takes tensors on a GPU; on a CPU set TRITON_INTERPRET=1 before qgnn is imported, or use backend 'cpu'")
-    return getattr(importlib.import_module(f"{__package__}.gpu.{operation}"), function)  # type: ignore[no-any-return]
+        raise ValueError(
+            "backend 'triton' takes tensors on a GPU; on a CPU set TRITON_INTERPRET=1 before qgnn is imported, or use backend 'cpu'"
+        )
+    return getattr(importlib.import_module(f"{__package__}.gpu.{operation}"), function)

@@ -22,7 +22,9 @@ from .quantize import codes_reference
 MATMUL_OUTPUTS = ("acc", "float", "packed")
 
 
-def epilogue_reference(acc: Tensor, row_scale: Tensor | None, col_scale: Tensor | None, bias: Tensor | None, relu: bool) -> Tensor:
+def epilogue_reference(
+    acc: Tensor, row_scale: Tensor | None, col_scale: Tensor | None, bias: Tensor | None, relu: bool
+) -> Tensor:
     """The float part that the packed matmul and the packed aggregations share; float32."""
     v = acc.to(torch.float32)
     if row_scale is not None:
@@ -36,7 +38,8 @@ def epilogue_reference(acc: Tensor, row_scale: Tensor | None, col_scale: Tensor 
 
 def matmul_packed_reference(
     x: Tensor, x_pos: Tensor | None, x_counts: Sequence[int], x_signed: bool, x_zero: int, w: Tensor, w_container: int, features: int, columns: int,
-    output: str, row_scale: Tensor | None, col_scale: Tensor | None, bias: Tensor | None, relu: bool, out_step: Tensor | None, out_bits: Tensor | None,
+    output: str, row_scale: Tensor | None, col_scale: Tensor | None, bias: Tensor | None, relu: bool,
+    out_step: Tensor | None, out_bits: Tensor | None,
     out_container: int,
 ) -> Tensor:  # fmt: skip
     x_codes = unpack_reference(x, x_pos, x_counts, features, x_signed) - x_zero
@@ -54,18 +57,24 @@ def matmul_packed_reference(
 @torch.library.custom_op("qgnn::matmul_packed", mutates_args=())
 def matmul_packed(
     x: Tensor, x_pos: Tensor | None, x_counts: Sequence[int], x_signed: bool, x_zero: int, w: Tensor, w_container: int, features: int, columns: int,
-    output: str, row_scale: Tensor | None, col_scale: Tensor | None, bias: Tensor | None, relu: bool, out_step: Tensor | None, out_bits: Tensor | None,
+    output: str, row_scale: Tensor | None, col_scale: Tensor | None, bias: Tensor | None, relu: bool,
+    out_step: Tensor | None, out_bits: Tensor | None,
     out_container: int,
 ) -> Tensor:  # fmt: skip
-    """``x``, ``x_pos``, ``x_counts``: packed rows ``[N, K]`` (:mod:`.packing`), ``K = features``; ``w``: packed ``[M, K]`` in ``w_container`` (4 or 8),
+    """``x``, ``x_pos``, ``x_counts``: packed rows ``[N, K]`` (:mod:`.packing`), ``K = features``; ``w``: packed ``[M, K]`` in
+    ``w_container`` (4 or 8),
     ``M = columns``. ``output``: ``"acc"`` int32 ``[N, M]``, ``"float"`` float32 ``[N, M]``, or ``"packed"`` codes ``[N, M]`` in ``out_container``."""
-    return implementation("matmul", "matmul_packed", matmul_packed_reference, x)(  # type: ignore[no-any-return]
-        x, x_pos, x_counts, x_signed, x_zero, w, w_container, features, columns, output, row_scale, col_scale, bias, relu, out_step, out_bits, out_container
+    return implementation("matmul", "matmul_packed", matmul_packed_reference, x)(
+        x, x_pos, x_counts, x_signed, x_zero, w, w_container, features, columns, output, row_scale, col_scale, bias, relu, out_step,
+        out_bits, out_container
     )  # fmt: skip
 
 
 @matmul_packed.register_fake
-def _(x, x_pos, x_counts, x_signed, x_zero, w, w_container, features, columns, output, row_scale, col_scale, bias, relu, out_step, out_bits, out_container):  # type: ignore[no-untyped-def]  # fmt: skip
+def _(  # type: ignore[no-untyped-def]
+    x, x_pos, x_counts, x_signed, x_zero, w, w_container, features, columns, output, row_scale, col_scale, bias, relu, out_step, out_bits,
+    out_container,
+):  # fmt: skip
     n = sum(x_counts)
     if output == "packed":
         return x.new_empty(bucket_starts(uniform_counts(n, out_container), columns)[-1])
@@ -73,7 +82,14 @@ def _(x, x_pos, x_counts, x_signed, x_zero, w, w_container, features, columns, o
 
 
 def matmul_transposed_reference(
-    x: Tensor, pos: Tensor | None, counts: Sequence[int], signed: bool, zero: int, features: int, scale: Tensor, grad: Tensor
+    x: Tensor,
+    pos: Tensor | None,
+    counts: Sequence[int],
+    signed: bool,
+    zero: int,
+    features: int,
+    scale: Tensor,
+    grad: Tensor,
 ) -> Tensor:
     codes = unpack_reference(x, pos, counts, features, signed) - zero
     return (scale.unsqueeze(1) * codes).t() @ grad
@@ -81,11 +97,21 @@ def matmul_transposed_reference(
 
 @torch.library.custom_op("qgnn::matmul_transposed", mutates_args=())
 def matmul_transposed(
-    x: Tensor, pos: Tensor | None, counts: Sequence[int], signed: bool, zero: int, features: int, scale: Tensor, grad: Tensor
+    x: Tensor,
+    pos: Tensor | None,
+    counts: Sequence[int],
+    signed: bool,
+    zero: int,
+    features: int,
+    scale: Tensor,
+    grad: Tensor,
 ) -> Tensor:
-    """The weight gradient of training, ``(scale * (code - zero))^T @ grad``: packed rows ``[N, K]`` with a factor per row, float32 ``grad`` ``[N, M]``
+    """The weight gradient of training, ``(scale * (code - zero))^T @ grad``: packed rows ``[N, K]`` with a factor per row, float32
+    ``grad`` ``[N, M]``
     -> float32 ``[K, M]``. X is unpacked tile by tile, never whole."""
-    return implementation("matmul", "matmul_transposed", matmul_transposed_reference, x)(x, pos, counts, signed, zero, features, scale, grad)  # type: ignore[no-any-return]
+    return implementation("matmul", "matmul_transposed", matmul_transposed_reference, x)(
+        x, pos, counts, signed, zero, features, scale, grad
+    )
 
 
 @matmul_transposed.register_fake

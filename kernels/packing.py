@@ -88,7 +88,9 @@ def bucket_rows(containers: Tensor) -> tuple[list[int], Tensor | None]:
     if max(counts, default=0) == containers.numel():
         return counts, None
     pos = torch.empty_like(bucket, dtype=torch.int32)
-    pos[torch.argsort(bucket, stable=True)] = torch.arange(containers.numel(), dtype=torch.int32, device=containers.device)
+    pos[torch.argsort(bucket, stable=True)] = torch.arange(
+        containers.numel(), dtype=torch.int32, device=containers.device
+    )
     return counts, pos
 
 
@@ -101,7 +103,7 @@ def rows_of(pos: Tensor) -> Tensor:
 
 def pack_reference(codes: Tensor, pos: Tensor | None, counts: Sequence[int]) -> Tensor:
     """Packs integer codes ``[N, F]`` into a uint8 buffer. Bits above the container are dropped (two's complement)."""
-    n, features = codes.shape
+    features = codes.size(1)
     starts = bucket_starts(counts, features)
     data = torch.zeros(starts[-1], dtype=torch.uint8, device=codes.device)
     ordered = codes if pos is None else codes[rows_of(pos).long()]

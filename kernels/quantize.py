@@ -50,7 +50,9 @@ def codes_reference(x: Tensor, step: Tensor, bits: Tensor, row: bool, signed: bo
     return codes.to(torch.int32), clipped if signed else clipped | (x < 0)
 
 
-def derivatives_reference(x: Tensor, codes: Tensor, clipped: Tensor, step: Tensor, bits: Tensor, row: bool, signed: bool) -> tuple[Tensor, Tensor]:
+def derivatives_reference(
+    x: Tensor, codes: Tensor, clipped: Tensor, step: Tensor, bits: Tensor, row: bool, signed: bool
+) -> tuple[Tensor, Tensor]:
     """``dx_q/dstep`` and ``dx_q/dbits`` element by element (A2Q eq. 10)."""
     x = x.to(compute_dtype(x))
     s, b = _spread(step.to(x.dtype), row), _spread(bits.to(x.dtype), row)
@@ -60,7 +62,9 @@ def derivatives_reference(x: Tensor, codes: Tensor, clipped: Tensor, step: Tenso
     return d_step, d_bits
 
 
-def local_gradients_reference(x: Tensor, codes: Tensor, clipped: Tensor, step: Tensor, bits: Tensor, row: bool, signed: bool) -> tuple[Tensor, Tensor]:
+def local_gradients_reference(
+    x: Tensor, codes: Tensor, clipped: Tensor, step: Tensor, bits: Tensor, row: bool, signed: bool
+) -> tuple[Tensor, Tensor]:
     x = x.to(compute_dtype(x))
     error = torch.sign(_spread(step.to(x.dtype), row) * codes - x)
     d_step, d_bits = derivatives_reference(x, codes, clipped, step, bits, row, signed)
@@ -73,7 +77,14 @@ def _no_gradients(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def quantize_reference(
-    x: Tensor, step: Tensor, bits: Tensor, row: bool, signed: bool, pos: Tensor | None, counts: Sequence[int], gradients: bool
+    x: Tensor,
+    step: Tensor,
+    bits: Tensor,
+    row: bool,
+    signed: bool,
+    pos: Tensor | None,
+    counts: Sequence[int],
+    gradients: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     codes, clipped = codes_reference(x, step, bits, row, signed)
     g = local_gradients_reference(x, codes, clipped, step, bits, row, signed) if gradients else _no_gradients(x)
@@ -82,14 +93,23 @@ def quantize_reference(
 
 @torch.library.custom_op("qgnn::quantize", mutates_args=())
 def quantize(
-    x: Tensor, step: Tensor, bits: Tensor, row: bool, signed: bool, pos: Tensor | None, counts: Sequence[int], gradients: bool
+    x: Tensor,
+    step: Tensor,
+    bits: Tensor,
+    row: bool,
+    signed: bool,
+    pos: Tensor | None,
+    counts: Sequence[int],
+    gradients: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Codes, clip bits and, on request, local gradients in one pass over ``x``.
 
     ``pos`` and ``counts`` say where each row's codes go (:mod:`.packing`). Returns the packed codes (uint8), the clip bits
     (uint8 ``[N, ceil(F / 8)]``) and the local gradients of step and width (float32 ``[N]`` or ``[F]``; empty unless ``gradients``).
     """
-    return implementation("quantize", "quantize", quantize_reference, x)(x, step, bits, row, signed, pos, counts, gradients)  # type: ignore[no-any-return]
+    return implementation("quantize", "quantize", quantize_reference, x)(
+        x, step, bits, row, signed, pos, counts, gradients
+    )
 
 
 @quantize.register_fake
@@ -116,7 +136,9 @@ def fake_quantize(
     x: Tensor, step: Tensor, bits: Tensor, row: bool, signed: bool, gradients: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``step * code`` in the dtype of ``x`` (NaN stays NaN), the clip bits, and on request the local gradients (as :func:`quantize`)."""
-    return implementation("quantize", "fake_quantize", fake_quantize_reference, x)(x, step, bits, row, signed, gradients)  # type: ignore[no-any-return]
+    return implementation("quantize", "fake_quantize", fake_quantize_reference, x)(
+        x, step, bits, row, signed, gradients
+    )
 
 
 @fake_quantize.register_fake
@@ -136,10 +158,14 @@ def fake_quantize_backward_reference(
 
 
 @torch.library.custom_op("qgnn::fake_quantize_backward", mutates_args=())
-def fake_quantize_backward(grad: Tensor, x: Tensor, step: Tensor, bits: Tensor, row: bool, signed: bool) -> tuple[Tensor, Tensor, Tensor]:
+def fake_quantize_backward(
+    grad: Tensor, x: Tensor, step: Tensor, bits: Tensor, row: bool, signed: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """Global gradients (A2Q eq. 3, 4): ``grad`` masked where clipped, and the sums over each row (or column) of ``grad * dx_q/dstep`` and
     ``grad * dx_q/dbits``; float32 (float64 for float64 ``x``), ``[N]`` or ``[F]``."""
-    return implementation("quantize", "fake_quantize_backward", fake_quantize_backward_reference, x)(grad, x, step, bits, row, signed)  # type: ignore[no-any-return]
+    return implementation("quantize", "fake_quantize_backward", fake_quantize_backward_reference, x)(
+        grad, x, step, bits, row, signed
+    )
 
 
 @fake_quantize_backward.register_fake
@@ -155,7 +181,7 @@ def mask_clipped_reference(grad: Tensor, clip: Tensor) -> Tensor:
 @torch.library.custom_op("qgnn::mask_clipped", mutates_args=())
 def mask_clipped(grad: Tensor, clip: Tensor) -> Tensor:
     """``grad`` ``[N, F]`` with zeros where the clip bit is set: the straight-through gradient of x (A2Q eq. 10)."""
-    return implementation("quantize", "mask_clipped", mask_clipped_reference, grad)(grad, clip)  # type: ignore[no-any-return]
+    return implementation("quantize", "mask_clipped", mask_clipped_reference, grad)(grad, clip)
 
 
 @mask_clipped.register_fake
@@ -164,7 +190,14 @@ def _(grad, clip):  # type: ignore[no-untyped-def]
 
 
 def dequantize_reference(
-    data: Tensor, step: Tensor, row: bool, signed: bool, zero: int, pos: Tensor | None, counts: Sequence[int], features: int
+    data: Tensor,
+    step: Tensor,
+    row: bool,
+    signed: bool,
+    zero: int,
+    pos: Tensor | None,
+    counts: Sequence[int],
+    features: int,
 ) -> Tensor:
     codes = unpack_reference(data, pos, counts, features, signed) - zero
     return _spread(step, row) * codes
@@ -172,10 +205,19 @@ def dequantize_reference(
 
 @torch.library.custom_op("qgnn::dequantize", mutates_args=())
 def dequantize(
-    data: Tensor, step: Tensor, row: bool, signed: bool, zero: int, pos: Tensor | None, counts: Sequence[int], features: int
+    data: Tensor,
+    step: Tensor,
+    row: bool,
+    signed: bool,
+    zero: int,
+    pos: Tensor | None,
+    counts: Sequence[int],
+    features: int,
 ) -> Tensor:
     """``step * (code - zero)``, float32 ``[N, F]``; ``zero`` is the zero point of an affine quantizer, 0 for a symmetric one."""
-    return implementation("quantize", "dequantize", dequantize_reference, data)(data, step, row, signed, zero, pos, counts, features)  # type: ignore[no-any-return]
+    return implementation("quantize", "dequantize", dequantize_reference, data)(
+        data, step, row, signed, zero, pos, counts, features
+    )
 
 
 @dequantize.register_fake

@@ -42,7 +42,9 @@ def build_schedule(indptr: Tensor, sort: bool = True, narrow: int = NARROW, chun
     by_degree = torch.argsort(degree, descending=True, stable=True)
     wide = int((degree > narrow).sum())
     rows, order = by_degree[:wide], by_degree[wide:].to(torch.int32)
-    pieces = torch.where(degree[rows] > 2 * chunk, (degree[rows] + chunk - 1) // chunk, torch.ones_like(rows, dtype=dtype)).long()
+    pieces = torch.where(
+        degree[rows] > 2 * chunk, (degree[rows] + chunk - 1) // chunk, torch.ones_like(rows, dtype=dtype)
+    ).long()
     is_hub = pieces > 1
     row = torch.repeat_interleave(rows, pieces)
     first_piece = torch.cumsum(pieces, 0) - pieces

@@ -16,7 +16,22 @@ from ..data import load
 from .kernels import Row, aggregation, product
 from .train_step import train_steps
 
-COLUMNS = ("operation", "shape", "candidate", "ms_20", "ms_50", "ms_80", "ratio_20", "ratio_50", "ratio_80", "device", "threads", "torch", "qgnn", "date")
+COLUMNS = (
+    "operation",
+    "shape",
+    "candidate",
+    "ms_20",
+    "ms_50",
+    "ms_80",
+    "ratio_20",
+    "ratio_50",
+    "ratio_80",
+    "device",
+    "threads",
+    "torch",
+    "qgnn",
+    "date",
+)
 
 
 def device_name(device: str) -> str:
@@ -24,22 +39,44 @@ def device_name(device: str) -> str:
     if device == "cuda":
         return torch.cuda.get_device_name()
     cpuinfo = Path("/proc/cpuinfo")
-    names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")] if cpuinfo.exists() else []
+    names = (
+        [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        if cpuinfo.exists()
+        else []
+    )
     return names[0] if names else platform.processor() or platform.machine()
 
 
 def record(row: Row, device: str) -> dict[str, object]:
     """One CSV row; ratios are the first candidate's time over this one's."""
     timing = row.timing
-    values = (row.operation, row.shape, row.candidate, *timing.ms, *timing.ratio, device_name(device), torch.get_num_threads(), torch.__version__, __version__, date.today())
+    values = (
+        row.operation,
+        row.shape,
+        row.candidate,
+        *timing.ms,
+        *timing.ratio,
+        device_name(device),
+        torch.get_num_threads(),
+        torch.__version__,
+        __version__,
+        date.today(),
+    )
     return dict(zip(COLUMNS, values, strict=True))
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Runs the suites that the command line names, and prints their rows."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser = argparse.ArgumentParser(prog="python -m qgnn.perf", description=__doc__, epilog="example: python -m qgnn.perf --suite train-step --dataset Cora")
+    parser = argparse.ArgumentParser(
+        prog="python -m qgnn.perf",
+        description=__doc__,
+        epilog="example: python -m qgnn.perf --suite train-step --dataset Cora",
+    )
     parser.add_argument("--suite", choices=("kernels", "train-step", "all"), default="all")
-    parser.add_argument("--graphs", default="powerlaw:169343,2332486", help="synthetic graphs of the aggregation, separated by spaces")
+    parser.add_argument(
+        "--graphs", default="powerlaw:169343,2332486", help="synthetic graphs of the aggregation, separated by spaces"
+    )
     parser.add_argument("--features", type=int, default=128)
     parser.add_argument("--dataset", default="digits", help="data set of the training steps")
     parser.add_argument("--schemes", default="fp32,dq-int8,a2q")
@@ -55,11 +92,18 @@ def main(arguments: list[str] | None = None) -> int:
         rows += product(169343, 128, 128, device, options.rounds)
     if options.suite in ("train-step", "all"):
         dataset = load(options.dataset)
-        for timings in train_steps(dataset, options.schemes.split(","), options.hidden, options.rounds, device).values():
+        for timings in train_steps(
+            dataset, options.schemes.split(","), options.hidden, options.rounds, device
+        ).values():
             rows += [Row("train-step", dataset.name, name, timing) for name, timing in timings.items()]
     table = pd.DataFrame([record(row, device) for row in rows])
-    print(f"{table['device'].iloc[0]}, {table['threads'].iloc[0]} threads, torch {torch.__version__}; ratio: time of the first candidate over this one's")
-    print(table[["operation", "shape", "candidate", "ms_50", "ratio_20", "ratio_50", "ratio_80"]].round(3).to_string(index=False))
+    print(f"{device_name(device)}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    print("ratio: time of the first candidate over this one's, quantiles 20, 50, 80 %")
+    print(
+        table[["operation", "shape", "candidate", "ms_50", "ratio_20", "ratio_50", "ratio_80"]]
+        .round(3)
+        .to_string(index=False)
+    )
     if options.out is not None:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         table.to_csv(options.out, mode="a", header=not options.out.exists(), index=False)

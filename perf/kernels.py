@@ -1,7 +1,9 @@
 """Kernels against their peers on synthetic graphs: aggregation and matrix product, FP32 and packed integers.
 
-Bytes decide: aggregation reads ``E * F * bits / 8`` bytes of rows (plus 4 bytes an edge) and writes ``4 N F``; so against FP32 the most that INT8 can gain is
-4 x and INT4 8 x where rows come from memory. Peers are cached: torch's CSR product (MKL on a CPU, cuSPARSE on a GPU) keeps its matrix, and PyG's scatter
+Bytes decide: aggregation reads ``E * F * bits / 8`` bytes of rows (plus 4 bytes an edge) and writes ``4 N F``; so against FP32 the most
+that INT8 can gain is
+4 x and INT4 8 x where rows come from memory. Peers are cached: torch's CSR product (MKL on a CPU, cuSPARSE on a GPU) keeps its matrix, and
+PyG's scatter
 its index. Each candidate's result is compared with the FP32 reference of the same values before it is timed.
 """
 
@@ -36,7 +38,9 @@ def _check(name: str, result: Tensor, expected: Tensor, tolerance: float) -> Non
     scale = float(expected.abs().max()) or 1.0
     error = float((result - expected).abs().max()) / scale
     if not error <= tolerance:
-        raise RuntimeError(f"{name} is wrong by {error:.2e} of the largest value (tolerance {tolerance:.0e}); its time would mean nothing")
+        raise RuntimeError(
+            f"{name} is wrong by {error:.2e} of the largest value (tolerance {tolerance:.0e}); its time would mean nothing"
+        )
 
 
 def aggregation(graph_name: str, features: int, device: str, rounds: int) -> Iterator[Row]:
@@ -45,12 +49,18 @@ def aggregation(graph_name: str, features: int, device: str, rounds: int) -> Ite
     data = load(graph_name).data
     assert isinstance(data.edge_index, Tensor)
     graph = Graph.from_edge_index(data.edge_index, int(data.num_nodes or 0)).to(device)
-    n, x = graph.num_nodes, torch.randn(graph.num_nodes, features, generator=torch.Generator().manual_seed(0)).to(device)
+    n, x = (
+        graph.num_nodes,
+        torch.randn(graph.num_nodes, features, generator=torch.Generator().manual_seed(0)).to(device),
+    )
     edge_index = torch.stack([graph.indices.long(), graph.rows.long()])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch calls its CSR support beta
         csr = torch.sparse_csr_tensor(graph.indptr, graph.indices, torch.ones(graph.num_edges, device=device), (n, n))
-    packed = {f"qgnn-int{bits}": QTensor.quantize(x, x.abs().amax(0) / (2 ** (bits - 1) - 1), bits, axis="col") for bits in (8, 4, 2)}
+    packed = {
+        f"qgnn-int{bits}": QTensor.quantize(x, x.abs().amax(0) / (2 ** (bits - 1) - 1), bits, axis="col")
+        for bits in (8, 4, 2)
+    }
     candidates: dict[str, Callable[[], Tensor]] = {"torch-csr-fp32": lambda: csr @ x}
     if graph.num_edges * features * 4 < 4e9:
         candidates["pyg-scatter-fp32"] = lambda: scatter(x[edge_index[0]], edge_index[1], 0, n, "sum")
@@ -74,7 +84,10 @@ def product(n: int, k: int, m: int, device: str, rounds: int) -> Iterator[Row]:
     xs["qgnn-mixed-1-to-4"] = QTensor.quantize(x, 0.5, widths.float())
     wq = QTensor.quantize(w, w.abs().amax(0) / 7, 4, axis="col")
     x8, w8 = xs["qgnn-int8"].codes().to(torch.int8), wq.codes().to(torch.int8)
-    candidates: dict[str, Callable[[], Tensor]] = {"torch-fp32": lambda: x @ w, "torch-int-mm": lambda: torch._int_mm(x8, w8)}
+    candidates: dict[str, Callable[[], Tensor]] = {
+        "torch-fp32": lambda: x @ w,
+        "torch-int-mm": lambda: torch._int_mm(x8, w8),
+    }
     for name, q in xs.items():
         candidates[name] = lambda q=q: ops.matmul(q, wq)  # type: ignore[misc]
     if not torch.equal(ops.matmul(xs["qgnn-int8"], wq).acc, torch._int_mm(x8, w8)):

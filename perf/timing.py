@@ -20,7 +20,9 @@ class Timing:
     ratio: tuple[float, float, float]
 
 
-def paired(candidates: Mapping[str, Callable[[], object]], rounds: int = 30, warmup: int = 3, device: str = "cpu") -> dict[str, Timing]:
+def paired(
+    candidates: Mapping[str, Callable[[], object]], rounds: int = 30, warmup: int = 3, device: str = "cpu"
+) -> dict[str, Timing]:
     """Times every candidate once a round, in turn. The first one is the baseline; ratios are baseline over candidate, so above 1 is faster.
 
     On a GPU every call is followed by a synchronisation, which the time includes.
@@ -35,7 +37,10 @@ def paired(candidates: Mapping[str, Callable[[], object]], rounds: int = 30, war
             if i >= warmup:
                 times[name].append((time.perf_counter() - started) * 1e3)
     baseline = next(iter(times.values()))
-    return {name: Timing(_quantiles(ms), _quantiles([b / t for b, t in zip(baseline, ms, strict=True)])) for name, ms in times.items()}
+    return {
+        name: Timing(_quantiles(ms), _quantiles([b / t for b, t in zip(baseline, ms, strict=True)]))
+        for name, ms in times.items()
+    }
 
 
 def _wait(device: str) -> None:

@@ -23,7 +23,17 @@ class FakeQuantize(torch.autograd.Function):
     """``step * code`` with the gradients of NUMERICS 2. Keeps ``x`` for global gradients; for local ones the clip bits, if gradients are masked."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, step: Tensor, bits: Tensor, widths: Tensor, row: bool, signed: bool, local: bool, masked: bool) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        step: Tensor,
+        bits: Tensor,
+        widths: Tensor,
+        row: bool,
+        signed: bool,
+        local: bool,
+        masked: bool,
+    ) -> Tensor:
         ctx.row, ctx.signed, ctx.local, ctx.masked, ctx.dtypes = row, signed, local, masked, (step.dtype, bits.dtype)
         wanted = local and (ctx.needs_input_grad[1] or ctx.needs_input_grad[2])
         out, clip, grad_step, grad_bits = fake_quantize(x, step, widths, row, signed, wanted)
@@ -52,7 +62,9 @@ class FakeQuantizeAffine(torch.autograd.Function):
     """Degree-Quant's per-tensor quantizer (NUMERICS 5). With ``masked`` gradients ("clip") one bit per element is kept, otherwise nothing."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, zero: Tensor, bits: int, protect: Tensor | None, masked: bool) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, scale: Tensor, zero: Tensor, bits: int, protect: Tensor | None, masked: bool
+    ) -> Tensor:
         out, outside = fake_quantize_affine(x, scale, zero, bits, protect)
         ctx.masked = masked
         if masked:
@@ -72,7 +84,9 @@ class QuantizedLinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, step: Tensor, bits: Tensor, widths: Tensor, weight: Tensor, signed: bool, masked: bool) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, step: Tensor, bits: Tensor, widths: Tensor, weight: Tensor, signed: bool, masked: bool
+    ) -> Tensor:
         ctx.signed, ctx.masked, ctx.features, ctx.dtype = signed, masked, x.size(1), bits.dtype
         ctx.counts = uniform_counts(x.size(0), TRAINING_CONTAINER)
         data, clip, grad_step, grad_bits = quantize(x, step, widths, True, signed, None, ctx.counts, True)
@@ -88,7 +102,9 @@ class QuantizedLinear(torch.autograd.Function):
             grad_x = grad @ weight.t()
             grad_x = mask_clipped(grad_x, clip) if ctx.masked else grad_x
         if ctx.needs_input_grad[4]:
-            grad_weight = matmul_transposed(data, None, ctx.counts, ctx.signed, 0, ctx.features, step, grad.contiguous())
+            grad_weight = matmul_transposed(
+                data, None, ctx.counts, ctx.signed, 0, ctx.features, step, grad.contiguous()
+            )
         return grad_x, grad_step, grad_bits.to(ctx.dtype), None, grad_weight, None, None
 
 

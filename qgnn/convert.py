@@ -14,7 +14,8 @@ from .quant import Scheme, parse
 def convert(model: nn.Module, scheme: str | Scheme, num_nodes: int | None = None) -> nn.Module:
     """A copy of ``model`` whose layers train on quantized values.
 
-    PyG's GCNConv and Linear and torch's Linear are replaced by those of :mod:`qgnn.nn`, with their weights; everything without parameters (activations,
+    PyG's GCNConv and Linear and torch's Linear are replaced by those of :mod:`qgnn.nn`,
+    with their weights; everything without parameters (activations,
     dropout, plain Python forward code) stays.
 
     Args:
@@ -55,7 +56,10 @@ def _converted(layer: nn.Module, scheme: Scheme, num_nodes: int | None) -> nn.Mo
         in_channels = layer.lin.in_channels  # PyG's lazy layers learn theirs here only
         if in_channels < 1:
             raise ValueError(f"{layer} has not seen its input yet: run the model once before convert")
-        if getattr(layer, "aggr", "add") not in ("add", "sum") or getattr(layer, "flow", "source_to_target") != "source_to_target":
+        if (
+            getattr(layer, "aggr", "add") not in ("add", "sum")
+            or getattr(layer, "flow", "source_to_target") != "source_to_target"
+        ):
             raise ValueError(f"{layer} has another aggregation or flow than a GCN's sum from source to target")
         new = GCNConv(
             in_channels, layer.out_channels, bool(layer.improved), bool(layer.cached), bool(layer.add_self_loops), bool(layer.normalize),
@@ -71,7 +75,9 @@ def _converted(layer: nn.Module, scheme: Scheme, num_nodes: int | None) -> nn.Mo
         return None
     first = next(layer.parameters())
     new.to(first.device, first.dtype).train(layer.training)
-    missing, unexpected = new.load_state_dict({k: v for k, v in layer.state_dict().items() if not k.startswith("quantizer.")}, strict=False)
+    missing, unexpected = new.load_state_dict(
+        {k: v for k, v in layer.state_dict().items() if not k.startswith("quantizer.")}, strict=False
+    )
     if unexpected or any(not k.startswith("quantizer.") for k in missing):
         raise ValueError(f"{layer} has other parameters than PyG's: {unexpected or missing}")
     for name, parameter in layer.named_parameters():
@@ -85,4 +91,8 @@ def _left_in_float(module: nn.Module, name: str) -> list[str]:
         return []
     if next(module.parameters(recurse=False), None) is not None or isinstance(module, pyg.MessagePassing):
         return [f"{name or 'the model'} ({type(module).__name__})"]
-    return [n for child, inner in module.named_children() for n in _left_in_float(inner, f"{name}.{child}" if name else child)]
+    return [
+        n
+        for child, inner in module.named_children()
+        for n in _left_in_float(inner, f"{name}.{child}" if name else child)
+    ]

@@ -44,7 +44,7 @@ class _Recorder(TorchFunctionMode):
         if self.inside or not followed or not any(a is self.current for a in given):
             return out
         if func in _IDENTITY:
-            if func in (F.dropout, torch.dropout) and out is not self.current and not torch.equal(out, self.current):
+            if func in (F.dropout, torch.dropout) and self.current is not None and not torch.equal(out, self.current):
                 raise ValueError("freeze needs the model in eval mode; a dropout changed its input")
         elif func in _RELU:
             self.steps.append("relu")
@@ -54,7 +54,9 @@ class _Recorder(TorchFunctionMode):
                 raise ValueError(f"freeze takes {_TAIL[func]} over the classes, dim=-1, got dim={dim}")
             self.steps.append(_TAIL[func])
         else:
-            raise ValueError(f"freeze cannot run {getattr(func, '__name__', func)} on integers; it takes chains of GCNConv, Linear, ReLU and dropout")
+            raise ValueError(
+                f"freeze cannot run {getattr(func, '__name__', func)} on integers; it takes chains of GCNConv, Linear, ReLU and dropout"
+            )
         self.current = out
         return out
 
@@ -63,11 +65,15 @@ class _Recorder(TorchFunctionMode):
             name = self.layers[layer]
             given = dict(zip(("x", "edge_index", "edge_weight"), args, strict=False)) | kwargs
             if given["x"] is not self.current:
-                raise ValueError(f"layer {name} does not take the output of the layer before it; freeze takes chains, without skip connections")
+                raise ValueError(
+                    f"layer {name} does not take the output of the layer before it; freeze takes chains, without skip connections"
+                )
             if given.get("edge_weight") is not None:
                 raise ValueError(f"layer {name} uses edge weights; integer sums have none")
             if isinstance(layer, GCNConv) and not self._same_edges(given["edge_index"]):
-                raise ValueError(f"layer {name} uses other edges than the model was given; freeze takes one graph for all layers")
+                raise ValueError(
+                    f"layer {name} uses other edges than the model was given; freeze takes one graph for all layers"
+                )
             if layer in self.inputs:
                 raise ValueError(f"layer {name} is used twice; freeze takes chains")
             if isinstance(layer, GCNConv | Linear) and layer.quantizer is not None and layer.quantizer.kind == "new":
@@ -77,7 +83,9 @@ class _Recorder(TorchFunctionMode):
         self.inside += 1
 
     def _same_edges(self, edges: Tensor | Graph) -> bool:
-        return edges is self.edges or (isinstance(edges, Tensor) and isinstance(self.edges, Tensor) and torch.equal(edges, self.edges))
+        return edges is self.edges or (
+            isinstance(edges, Tensor) and isinstance(self.edges, Tensor) and torch.equal(edges, self.edges)
+        )
 
     def leave(self, layer: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
         if self.inside == 1:
@@ -97,9 +105,13 @@ def _operand_codes(layer: GCNConv, x: Tensor, edges: Tensor | Graph) -> Tensor:
 
 
 def _record(model: nn.Module, x: Tensor, edge_index: Tensor | Graph) -> tuple[_Recorder, Tensor]:
-    layers = {m: name or "model" for name, m in model.named_modules() if isinstance(m, GCNConv | Linear)}
+    layers: dict[nn.Module, str] = {
+        m: name or "model" for name, m in model.named_modules() if isinstance(m, GCNConv | Linear)
+    }
     recorder = _Recorder(layers, edge_index)
-    hooks = [m.register_forward_pre_hook(recorder.enter, with_kwargs=True) for m in layers] + [m.register_forward_hook(recorder.leave) for m in layers]
+    hooks = [m.register_forward_pre_hook(recorder.enter, with_kwargs=True) for m in layers] + [
+        m.register_forward_hook(recorder.leave) for m in layers
+    ]
     modes = {m: m.training for m in model.modules()}
     model.eval()
     try:
@@ -112,17 +124,23 @@ def _record(model: nn.Module, x: Tensor, edge_index: Tensor | Graph) -> tuple[_R
         for hook in hooks:
             hook.remove()
     if out is not recorder.current:
-        raise ValueError("the model's output is not that of its last layer; freeze takes chains of GCNConv, Linear, ReLU and dropout")
+        raise ValueError(
+            "the model's output is not that of its last layer; freeze takes chains of GCNConv, Linear, ReLU and dropout"
+        )
     return recorder, out
 
 
 def _frozen_layer(layer: GCNConv | Linear, name: str, x: Tensor, relu: bool) -> IntegerLayer:
     quantizer = layer.quantizer
     if quantizer is None or not quantizer.enabled:
-        raise ValueError(f"layer {name} is not quantized; convert the model with a scheme other than fp32 and train it first")
+        raise ValueError(
+            f"layer {name} is not quantized; convert the model with a scheme other than fp32 and train it first"
+        )
     weight = quantizer.weight_codes((layer.lin.weight if isinstance(layer, GCNConv) else layer.weight).detach())
     codes = quantizer.input_codes(x)
-    coding: InputCoding = "binary" if quantizer.kind == "binary" else "node" if isinstance(quantizer.input_bits(), Tensor) else "tensor"
+    coding: InputCoding = (
+        "binary" if quantizer.kind == "binary" else "node" if isinstance(quantizer.input_bits(), Tensor) else "tensor"
+    )
     tensors = {"weight": weight.data, "weight_step": weight.step.contiguous()}
     if coding != "binary":
         tensors |= {"input_step": codes.step.contiguous(), "input_bits": codes.bits.contiguous()}
@@ -132,7 +150,11 @@ def _frozen_layer(layer: GCNConv | Linear, name: str, x: Tensor, relu: bool) -> 
     if isinstance(layer, GCNConv):
         step, bits = quantizer.operand_codes()
         tensors |= {"operand_step": step.contiguous(), "operand_bits": bits.contiguous()}
-        operand_container, normalize, add_self_loops = container_of(int(bits.max()), True), layer.normalize, layer.add_self_loops
+        operand_container, normalize, add_self_loops = (
+            container_of(int(bits.max()), True),
+            layer.normalize,
+            layer.add_self_loops,
+        )
     spec = LayerSpec(
         name, "gcn" if isinstance(layer, GCNConv) else "linear", layer.in_channels, layer.out_channels, weight.container, operand_container, coding,
         codes.signed, codes.zero, relu, normalize, add_self_loops,
@@ -144,7 +166,8 @@ def freeze(model: nn.Module, data: Data) -> IntegerModel:
     """The integer model of a trained quantized model: at most two kernel launches per GCN layer, on packed codes.
 
     Args:
-        model: what :func:`qgnn.convert` made, trained; its ``forward(x, edge_index)`` is a chain of GCNConv, Linear, ReLU and dropout, and may end in a
+        model: what :func:`qgnn.convert` made, trained; its ``forward(x, edge_index)`` is a chain of GCNConv, Linear, ReLU and dropout, and
+        may end in a
             softmax. It is not changed.
         data: PyG data with ``x`` and ``edge_index``; they stay bound, so that ``frozen()`` runs on them. Steps and widths per node belong to them.
 
@@ -152,7 +175,8 @@ def freeze(model: nn.Module, data: Data) -> IntegerModel:
         The integer model; ``frozen.report`` compares it with the fake-quantized model on ``data``.
 
     Raises:
-        ValueError: a layer that is not quantized or has seen no data, a function that integers cannot run, edge weights, skip connections, NaN or infinity.
+        ValueError: a layer that is not quantized or has seen no data, a function that integers cannot run, edge weights, skip connections,
+        NaN or infinity.
     """
     x, edge_index = data.x, data.edge_index
     if not isinstance(x, Tensor) or not isinstance(edge_index, Tensor | Graph):
@@ -160,7 +184,8 @@ def freeze(model: nn.Module, data: Data) -> IntegerModel:
     if getattr(data, "edge_weight", None) is not None:
         raise ValueError("data has edge weights; integer sums have none")
     recorder, reference = _record(model, x, edge_index)
-    layers, tail = [], []
+    layers: list[IntegerLayer] = []
+    tail: list[str] = []
     for position, step in enumerate(recorder.steps):
         if isinstance(step, str):
             if not layers:
@@ -168,7 +193,9 @@ def freeze(model: nn.Module, data: Data) -> IntegerModel:
             if step != "relu":
                 tail.append(step)
             elif position and isinstance(recorder.steps[position - 1], str):
-                raise ValueError("the model applies a function between a layer and its ReLU; freeze takes layer, ReLU, dropout in this order")
+                raise ValueError(
+                    "the model applies a function between a layer and its ReLU; freeze takes layer, ReLU, dropout in this order"
+                )
             continue
         if tail:
             raise ValueError(f"the model applies {tail[0]} between layers; integers run only ReLU there")
@@ -185,7 +212,9 @@ def freeze(model: nn.Module, data: Data) -> IntegerModel:
 def _report(frozen: IntegerModel, recorder: _Recorder, reference: Tensor) -> FreezeReport:
     states, out = frozen.trace(), frozen()
     records = []
-    for layer, launches, state, (origin, x) in zip(frozen.chain, frozen.launches(), states, recorder.inputs.items(), strict=False):
+    for layer, launches, state, (origin, x) in zip(
+        frozen.chain, frozen.launches(), states, recorder.inputs.items(), strict=False
+    ):
         assert isinstance(state, QTensor) and frozen.bound is not None
         place = layer.place(frozen.bound.graph)
         expected = layer.pack_input(x, place.rows)
@@ -194,7 +223,9 @@ def _report(frozen: IntegerModel, recorder: _Recorder, reference: Tensor) -> Fre
         if spec.kind == "gcn":
             counts = uniform_counts(nodes, spec.operand_container)
             operand = bucket_starts(counts, spec.out_channels)[-1]
-            codes = unpack_reference(layer.operand(state, layer.scale(state, place)), None, counts, spec.out_channels, True)
+            codes = unpack_reference(
+                layer.operand(state, layer.scale(state, place)), None, counts, spec.out_channels, True
+            )
             differing_operand = int((codes != recorder.operands[origin]).sum())
         records.append(
             LayerReport(

@@ -49,7 +49,14 @@ class Graph:
     """
 
     def __init__(
-        self, indptr: Tensor, indices: Tensor, perm: Tensor, num_sources: int, *, sort: bool = True, given_edges: int | None = None
+        self,
+        indptr: Tensor,
+        indices: Tensor,
+        perm: Tensor,
+        num_sources: int,
+        *,
+        sort: bool = True,
+        given_edges: int | None = None,
     ) -> None:
         self.indptr, self.indices, self.perm = indptr, indices, perm
         self.given_edges = indices.numel() if given_edges is None else given_edges
@@ -57,7 +64,9 @@ class Graph:
         self.notes: dict[Any, Tensor] = {}
 
     @classmethod
-    def from_edge_index(cls, edge_index: Tensor, num_nodes: int | tuple[int, int] | None = None, *, sort: bool = True) -> Graph:
+    def from_edge_index(
+        cls, edge_index: Tensor, num_nodes: int | tuple[int, int] | None = None, *, sort: bool = True
+    ) -> Graph:
         """Builds a graph from PyG's ``edge_index``.
 
         Args:
@@ -70,7 +79,9 @@ class Graph:
         """
         _check_integers("edge_index", edge_index, 2)
         if edge_index.size(0) != 2:
-            raise ValueError(f"edge_index must have shape [2, E] (sources, destinations), got {tuple(edge_index.shape)}")
+            raise ValueError(
+                f"edge_index must have shape [2, E] (sources, destinations), got {tuple(edge_index.shape)}"
+            )
         edges = edge_index.size(1)
         if num_nodes is None:
             num_nodes = int(edge_index.max()) + 1 if edges else 0
@@ -79,7 +90,9 @@ class Graph:
             bad = (row < 0) | (row >= limit)
             if edges and bool(bad.any()):
                 e = _first_bad(bad)
-                raise ValueError(f"edge_index: {name} {int(row[e])} of edge {e} is outside 0..{limit - 1}; pass num_nodes or mend the edge")
+                raise ValueError(
+                    f"edge_index: {name} {int(row[e])} of edge {e} is outside 0..{limit - 1}; pass num_nodes or mend the edge"
+                )
         if max(sources, nodes) >= _INT32_LIMIT:
             raise ValueError(f"a graph has fewer than 2^31 nodes, got {max(sources, nodes)}")
         perm = torch.argsort(edge_index[1], stable=True)
@@ -93,7 +106,7 @@ class Graph:
         """Builds a graph from a PyG ``Data`` with ``edge_index`` and ``num_nodes``."""
         if getattr(data, "edge_index", None) is None:
             raise ValueError("data has no edge_index; Graph.from_csr takes indptr and indices")
-        return cls.from_edge_index(data.edge_index, int(data.num_nodes), sort=sort)  # type: ignore[arg-type]
+        return cls.from_edge_index(data.edge_index, int(data.num_nodes), sort=sort)
 
     @classmethod
     def from_csr(cls, indptr: Tensor, indices: Tensor, num_sources: int | None = None, *, sort: bool = True) -> Graph:
@@ -107,15 +120,21 @@ class Graph:
         if indptr.device != indices.device:
             raise ValueError(f"indptr is on {indptr.device} and indices on {indices.device}; move one")
         if indptr.numel() == 0 or int(indptr[0]) != 0 or int(indptr[-1]) != indices.numel():
-            raise ValueError(f"indptr must have N + 1 entries, start at 0 and end at the number of edges, {indices.numel()}")
+            raise ValueError(
+                f"indptr must have N + 1 entries, start at 0 and end at the number of edges, {indices.numel()}"
+            )
         falling = indptr[1:] < indptr[:-1]
         if bool(falling.any()):
-            raise ValueError(f"indptr must not fall, but indptr[{_first_bad(falling) + 1}] is below indptr[{_first_bad(falling)}]")
+            raise ValueError(
+                f"indptr must not fall, but indptr[{_first_bad(falling) + 1}] is below indptr[{_first_bad(falling)}]"
+            )
         sources = indptr.numel() - 1 if num_sources is None else num_sources
         bad = (indices < 0) | (indices >= sources)
         if bool(bad.any()):
             e = _first_bad(bad)
-            raise ValueError(f"indices[{e}] = {int(indices[e])} is outside 0..{sources - 1}; pass num_sources or mend the edge")
+            raise ValueError(
+                f"indices[{e}] = {int(indices[e])} is outside 0..{sources - 1}; pass num_sources or mend the edge"
+            )
         perm = torch.arange(indices.numel(), device=indices.device)
         return cls(_narrowed(indptr.long()), indices.to(torch.int32), perm, sources, sort=sort)
 
@@ -124,7 +143,9 @@ class Graph:
         """The graph itself, or the graph of an ``edge_index``, remembered until the tensor changes (in-place changes included) or dies."""
         if isinstance(edges, Graph):
             if edges.num_sources != (num_nodes[0] if isinstance(num_nodes, tuple) else num_nodes):
-                raise ValueError(f"the graph has {edges.num_sources} nodes and x {num_nodes} rows; build it with num_nodes of x")
+                raise ValueError(
+                    f"the graph has {edges.num_sources} nodes and x {num_nodes} rows; build it with num_nodes of x"
+                )
             return edges
         if not isinstance(edges, Tensor) or edges.layout != torch.strided:
             kind = f"a {edges.layout} tensor" if isinstance(edges, Tensor) else type(edges).__name__
@@ -204,7 +225,9 @@ class Graph:
             TypeError, ValueError: ``values`` are not floats, not one for each of the caller's edges, or on another device.
         """
         if not isinstance(values, Tensor) or not values.is_floating_point():
-            raise TypeError(f"edge_weight must be a floating-point tensor, got {getattr(values, 'dtype', type(values).__name__)}")
+            raise TypeError(
+                f"edge_weight must be a floating-point tensor, got {getattr(values, 'dtype', type(values).__name__)}"
+            )
         if values.shape != (self.given_edges,):
             raise ValueError(f"edge_weight must be [{self.given_edges}], one for each edge, got {tuple(values.shape)}")
         if values.device != self.device:

@@ -79,7 +79,8 @@ class _Place:
 class IntegerLayer(nn.Module):
     """One frozen layer.
 
-    Buffers: ``weight`` (packed ``[out, in]``), ``weight_step`` ``[out]``, ``bias`` ``[out]`` or None, ``operand_step``, ``operand_bits`` ``[out]`` (GCN only), and
+    Buffers: ``weight`` (packed ``[out, in]``), ``weight_step`` ``[out]``, ``bias`` ``[out]`` or None, ``operand_step``, ``operand_bits``
+    ``[out]`` (GCN only), and
     ``input_step``, ``input_bits``, ``[N]`` or of one element (not for a binary input).
     """
 
@@ -119,9 +120,15 @@ class IntegerLayer(nn.Module):
         if self.input_step is None or self.input_bits is None:
             return None
         if self.spec.coding == "node" and self.input_step.numel() != nodes:
-            raise ValueError(f"layer {self.spec.name} has steps for {self.input_step.numel()} nodes, the graph has {nodes}: node-level A2Q is tied to its graph")
+            raise ValueError(
+                f"layer {self.spec.name} has steps for {self.input_step.numel()} nodes, the graph has {nodes}: node-level A2Q is tied to its graph"
+            )
         step, bits = self.input_step.expand(nodes).contiguous(), self.input_bits.expand(nodes).contiguous()
-        counts, pos = bucket_rows(containers_of(bits, self.spec.signed)) if self.spec.coding == "node" else (self._uniform(nodes), None)
+        counts, pos = (
+            bucket_rows(containers_of(bits, self.spec.signed))
+            if self.spec.coding == "node"
+            else (self._uniform(nodes), None)
+        )
         return _Rows(step, bits, counts, pos)
 
     def _uniform(self, nodes: int) -> list[int]:
@@ -142,13 +149,17 @@ class IntegerLayer(nn.Module):
             codes = row_binary_codes(x)
             return QTensor.quantize(x, codes.step, codes.bits.float(), signed=False)
         if self.spec.coding == "node":
-            return QTensor.quantize(x if self.spec.signed else x.clamp_min(0), rows.step, rows.bits.float(), signed=self.spec.signed)
+            return QTensor.quantize(
+                x if self.spec.signed else x.clamp_min(0), rows.step, rows.bits.float(), signed=self.spec.signed
+            )
         assert self.input_step is not None and self.input_bits is not None
         check_values(x, self.input_step)
         zero = torch.tensor(self.spec.zero, dtype=torch.int32, device=x.device)
         codes_, _ = affine_codes_reference(x, self.input_step, zero, int(self.input_bits))
         data = pack_reference(codes_, rows.pos, rows.counts)
-        return QTensor(data, rows.step, rows.bits, "row", False, x.size(1), tuple(rows.counts), rows.pos, self.spec.zero)
+        return QTensor(
+            data, rows.step, rows.bits, "row", False, x.size(1), tuple(rows.counts), rows.pos, self.spec.zero
+        )
 
     @property
     def fuses(self) -> bool:
@@ -179,7 +190,9 @@ class IntegerLayer(nn.Module):
         )  # fmt: skip
         if rows is None or following is None:
             return out
-        return QTensor(out, rows.step, rows.bits, "row", following[0].spec.signed, spec.out_channels, tuple(rows.counts), rows.pos)
+        return QTensor(
+            out, rows.step, rows.bits, "row", following[0].spec.signed, spec.out_channels, tuple(rows.counts), rows.pos
+        )
 
     def operand(self, x: QTensor, scale: Tensor) -> Tensor:
         """The packed operand of the aggregation: ``D^-1/2 X W``, ``[N, out]`` in ``operand_container``."""
@@ -316,7 +329,9 @@ class IntegerModel(nn.Module):
             raise ValueError("pass both x and edge_index, or neither to run on what was bound")
         if x is None or edge_index is None:
             if self.bound is None:
-                raise ValueError("the model has no data bound: pass x and edge_index, or call bind(x, edge_index) first")
+                raise ValueError(
+                    "the model has no data bound: pass x and edge_index, or call bind(x, edge_index) first"
+                )
             state: QTensor | Tensor = self.bound.x
             graph = self.bound.graph
             places = self.places(graph)

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .nn import GCNConv
+from .quant import Scheme
 
 
 class GCN(torch.nn.Module):
@@ -28,7 +29,7 @@ class GCN(torch.nn.Module):
         out_channels: int,
         num_layers: int = 2,
         dropout: float = 0.5,
-        scheme: str = "fp32",
+        scheme: str | Scheme = "fp32",
         num_nodes: int | None = None,
         input_dropout: float | None = None,
     ) -> None:

@@ -67,11 +67,19 @@ def fake_quantize(
     steps, widths = check_parameters(x, step, bits, axis)
     if _debug():
         check_values(x, steps)
-    return autograd.FakeQuantize.apply(x, steps, _along(bits, steps), widths, axis == "row", signed, gradient == "local", ste == "clip")  # type: ignore[no-any-return, no-untyped-call]
+    return autograd.FakeQuantize.apply(
+        x, steps, _along(bits, steps), widths, axis == "row", signed, gradient == "local", ste == "clip"
+    )
 
 
 def fake_quantize_affine(
-    x: Tensor, scale: Tensor, zero: Tensor, bits: int, *, protect: Tensor | None = None, ste: Literal["clip", "pass"] = "clip"
+    x: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    bits: int,
+    *,
+    protect: Tensor | None = None,
+    ste: Literal["clip", "pass"] = "clip",
 ) -> Tensor:
     """Quantizes and dequantizes ``x`` with one affine quantizer (Degree-Quant app. A.3; NUMERICS 5).
 
@@ -94,11 +102,17 @@ def fake_quantize_affine(
             raise ValueError(f"{name} must be a tensor of one element on {x.device}")
     if protect is not None and (protect.dtype != torch.bool or protect.shape != (x.size(0),)):
         raise ValueError(f"protect must be bool of shape [{x.size(0)}], got {protect.dtype} {tuple(protect.shape)}")
-    return autograd.FakeQuantizeAffine.apply(x, scale.float(), zero.to(torch.int32), bits, protect, ste == "clip")  # type: ignore[no-any-return, no-untyped-call]
+    return autograd.FakeQuantizeAffine.apply(x, scale.float(), zero.to(torch.int32), bits, protect, ste == "clip")
 
 
 def quantized_linear(
-    x: Tensor, weight: Tensor, step: Tensor | float, bits: Tensor | float, *, signed: bool = True, ste: Literal["clip", "pass"] = "clip"
+    x: Tensor,
+    weight: Tensor,
+    step: Tensor | float,
+    bits: Tensor | float,
+    *,
+    signed: bool = True,
+    ste: Literal["clip", "pass"] = "clip",
 ) -> Tensor:
     """``fake_quantize(x, step, bits, gradient="local") @ weight``, keeping packed codes and clip bits for backward, not ``x`` (NUMERICS 2).
 
@@ -118,11 +132,14 @@ def quantized_linear(
         raise ValueError(f"weight must be [{x.size(1)}, M] for x {tuple(x.shape)}, got {tuple(weight.shape)}")
     if _debug():
         check_values(x, steps)
-    return autograd.QuantizedLinear.apply(x, steps, _along(bits, steps), widths, weight, signed, ste == "clip")  # type: ignore[no-any-return, no-untyped-call]
+    return autograd.QuantizedLinear.apply(x, steps, _along(bits, steps), widths, weight, signed, ste == "clip")
 
 
 def aggregate(
-    g: Graph, x: Tensor | QTensor, edge_weight: Tensor | None = None, reduce: Literal["sum", "mean", "max", "min"] = "sum"
+    g: Graph,
+    x: Tensor | QTensor,
+    edge_weight: Tensor | None = None,
+    reduce: Literal["sum", "mean", "max", "min"] = "sum",
 ) -> Tensor:
     """Aggregates the features of the sources of every node: ``out[i] = reduce over edges e = (j, i) of edge_weight[e] * x[j]``.
 
@@ -141,7 +158,9 @@ def aggregate(
     """
     _check_choice("reduce", reduce, REDUCTIONS)
     if not isinstance(g, Graph):
-        raise TypeError(f"g must be a qgnn.Graph, got {type(g).__name__}; make one with Graph.from_edge_index(edge_index, num_nodes)")
+        raise TypeError(
+            f"g must be a qgnn.Graph, got {type(g).__name__}; make one with Graph.from_edge_index(edge_index, num_nodes)"
+        )
     if not isinstance(x, Tensor | QTensor):
         raise TypeError(f"x must be a torch.Tensor or a QTensor, got {type(x).__name__}")
     features = x.shape[1] if len(x.shape) == 2 else -1
@@ -160,22 +179,38 @@ def aggregate(
 
 def aggregate_csr(g: Graph, x: Tensor, weight: Tensor | None, reduce: str = "sum") -> Tensor:
     """:func:`aggregate` for layers: float ``x`` that is known to fit, and ``weight`` ``[E]`` already in CSR order."""
-    return autograd.Aggregate.apply(x, weight, g, reduce)  # type: ignore[no-any-return, no-untyped-call]
+    return autograd.Aggregate.apply(x, weight, g, reduce)
 
 
 def _aggregate_quantized(g: Graph, x: QTensor, weight: Tensor | None, reduce: str, features: int) -> Tensor:
     if reduce in ("max", "min"):
         raise ValueError(f'reduce="{reduce}" takes a float tensor; pass x.dequantize()')
     if x.zero:
-        raise ValueError("the aggregation takes symmetric codes, and this QTensor has a zero point; pass x.dequantize()")
+        raise ValueError(
+            "the aggregation takes symmetric codes, and this QTensor has a zero point; pass x.dequantize()"
+        )
     row_scale = 1 / g.in_degree.clamp_min(1).float() if reduce == "mean" else None
     if x.axis == "row":
         w = None if weight is None else weight.float()
         return aggregate_rows(
-            g.indptr, g.indices, list(g.schedule), x.data, x.pos, list(x.counts), features, x.signed, x.step, w, row_scale, None, False
+            g.indptr,
+            g.indices,
+            list(g.schedule),
+            x.data,
+            x.pos,
+            list(x.counts),
+            features,
+            x.signed,
+            x.step,
+            w,
+            row_scale,
+            None,
+            False,
         )
     if weight is not None:
-        raise ValueError("edge weights need steps per row: the integer sum of codes has no weights; quantize with axis='row'")
+        raise ValueError(
+            "edge weights need steps per row: the integer sum of codes has no weights; quantize with axis='row'"
+        )
     check_headroom(g, 8 if not x.signed else 7)
     return aggregate_packed(
         g.indptr, g.indices, list(g.schedule), x.data, x.container, g.num_sources, features, x.signed, "float", row_scale, x.step, None, False,
@@ -186,13 +221,15 @@ def _aggregate_quantized(g: Graph, x: QTensor, weight: Tensor | None, reduce: st
 def check_headroom(g: Graph, magnitude_bits: int = 7) -> None:
     """Raises ValueError if codes below ``2^magnitude_bits`` could overflow an int32 sum over the largest in-degree of ``g`` (NUMERICS 7)."""
     if (g.max_degree << magnitude_bits) >= _INT32_LIMIT:
-        raise ValueError(f"a node has {g.max_degree} in-edges: int32 sums of {magnitude_bits + 1}-bit codes could overflow; split the node")
+        raise ValueError(
+            f"a node has {g.max_degree} in-edges: int32 sums of {magnitude_bits + 1}-bit codes could overflow; split the node"
+        )
 
 
 class IntegerProduct(Tensor):
     """The float32 result ``[N, M]`` of :func:`matmul`. Operations on it give plain tensors."""
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
     operands: tuple[QTensor, QTensor]
 
     @property
@@ -216,9 +253,13 @@ def matmul(xq: QTensor, wq: QTensor, bias: Tensor | None = None) -> IntegerProdu
         ValueError: shapes, axes or devices that do not fit, or ``K`` so large that int32 could overflow.
     """
     if not (isinstance(xq, QTensor) and isinstance(wq, QTensor)):
-        raise TypeError(f"matmul takes two QTensors, got {type(xq).__name__} and {type(wq).__name__}; see QTensor.quantize")
+        raise TypeError(
+            f"matmul takes two QTensors, got {type(xq).__name__} and {type(wq).__name__}; see QTensor.quantize"
+        )
     if xq.shape[1] != wq.shape[0]:
-        raise ValueError(f"x {tuple(xq.shape)} and w {tuple(wq.shape)} do not fit: x needs as many columns as w has rows")
+        raise ValueError(
+            f"x {tuple(xq.shape)} and w {tuple(wq.shape)} do not fit: x needs as many columns as w has rows"
+        )
     if xq.axis != "row" or wq.axis != "col" or not wq.signed or wq.zero:
         raise ValueError('x needs axis="row"; w needs axis="col", signed=True and no zero point')
     if xq.device != wq.device:
@@ -234,11 +275,14 @@ def matmul(xq: QTensor, wq: QTensor, bias: Tensor | None = None) -> IntegerProdu
 def _product(x: QTensor, w: QTensor, bias: Tensor | None, output: str) -> Tensor:
     columns, container = w.columns
     return matmul_packed(
-        x.data, x.pos, list(x.counts), x.signed, x.zero, columns, container, x.features, w.features, output, x.step, w.step, bias, False, None, None, 0
+        x.data, x.pos, list(x.counts), x.signed, x.zero, columns, container, x.features, w.features, output, x.step, w.step, bias, False,
+        None, None, 0
     )  # fmt: skip
 
 
 def check_product_headroom(features: int) -> None:
     """Raises ValueError if ``features`` products of 8-bit codes could overflow int32: ``features * 255 * 128 < 2^31``."""
     if features * 255 * 128 >= _INT32_LIMIT:
-        raise ValueError(f"{features} products of 8-bit codes could overflow int32; split the features into blocks of at most 65,793")
+        raise ValueError(
+            f"{features} products of 8-bit codes could overflow int32; split the features into blocks of at most 65,793"
+        )

@@ -9,7 +9,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .kernels.packing import bucket_rows, container_of, containers_of, pack_reference, rows_of, uniform_counts, unpack_reference
+from .kernels.packing import (
+    bucket_rows,
+    container_of,
+    containers_of,
+    pack_reference,
+    rows_of,
+    uniform_counts,
+    unpack_reference,
+)
 from .kernels.quantize import dequantize, quantize
 
 Axis = Literal["row", "col"]
@@ -43,7 +51,9 @@ def check_parameters(x: Tensor, step: Tensor | float, bits: Tensor | float, axis
         if v.numel() == 1:
             v = v.reshape(1).expand(length)
         if v.shape != (length,):
-            raise ValueError(f'{name} must be a number or have shape [{length}] for axis="{axis}" of x {tuple(x.shape)}, got {tuple(v.shape)}')
+            raise ValueError(
+                f'{name} must be a number or have shape [{length}] for axis="{axis}" of x {tuple(x.shape)}, got {tuple(v.shape)}'
+            )
         vectors.append(v)
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     return vectors[0].to(dtype), rounded_bits(vectors[1])
@@ -92,7 +102,9 @@ class QTensor:
     zero: int = 0
 
     @classmethod
-    def quantize(cls, x: Tensor, step: Tensor | float, bits: Tensor | float, axis: Axis = "row", signed: bool = True) -> QTensor:
+    def quantize(
+        cls, x: Tensor, step: Tensor | float, bits: Tensor | float, axis: Axis = "row", signed: bool = True
+    ) -> QTensor:
         """Quantizes ``x`` ``[N, F]`` (A2Q eq. 1; NUMERICS 1).
 
         Args:
@@ -147,7 +159,9 @@ class QTensor:
             ValueError: the rows have several.
         """
         if self.pos is not None:
-            raise ValueError("this QTensor has rows of several containers; the operation needs one (quantize with one width for all)")
+            raise ValueError(
+                "this QTensor has rows of several containers; the operation needs one (quantize with one width for all)"
+            )
         used = [c for c, count in zip((8, 4, 2, 1, 0), self.counts, strict=True) if count]
         return used[0] if used else 8
 
@@ -157,7 +171,9 @@ class QTensor:
 
     def dequantize(self) -> Tensor:
         """``step * (code - zero)``, float32 ``[N, F]``."""
-        return dequantize(self.data, self.step, self.axis == "row", self.signed, self.zero, self.pos, list(self.counts), self.features)
+        return dequantize(
+            self.data, self.step, self.axis == "row", self.signed, self.zero, self.pos, list(self.counts), self.features
+        )
 
     @property
     def code_nbytes(self) -> int:

@@ -21,7 +21,8 @@ class Recipe:
         hidden, dropout, input_dropout: of the model; the dropout of the features is ``input_dropout``.
         normalize_features: divide each row of the features by its sum.
         lr, weight_decay, weight_decay_rest: Adam on the weights; the decay of the first layer, and of the others.
-        lr_bits, lr_step, lr_weight_step, lr_operand_step: learning rates of widths, and of the logarithms of the steps of features, weights and operands.
+        lr_bits, lr_step, lr_weight_step, lr_operand_step: learning rates of widths, and of the logarithms of the steps of features,
+        weights and operands.
         quantized_lr, quantized_dropout: learning rate of the weights, and ``dropout``, once the quantizers have started.
         initial_bits: mean of the widths at the start.
         bits_share: share of the quantized epochs in which widths learn; then they are fixed, and steps and weights settle.
@@ -82,7 +83,7 @@ _A2Q = replace(
     penalty=30.0, target_bits=1.6, bits_limit=1.75,
 )  # fmt: skip
 
-_DIGITS = {"hidden": 32, "input_dropout": 0.2, "dropout": 0.3, "normalize_features": False}
+_DIGITS: dict[str, Any] = {"hidden": 32, "input_dropout": 0.2, "dropout": 0.3, "normalize_features": False}
 
 RECIPES: dict[tuple[str, str, str], Recipe] = {
     ("gcn", "fp32", "citation"): _FP32,

@@ -28,8 +28,15 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         TypeError: ``model`` is not frozen; ``torch.save(model.state_dict())`` keeps a trainable one.
     """
     if not isinstance(model, IntegerModel):
-        raise TypeError(f"save takes a frozen model, got {type(model).__name__}; call qgnn.freeze first, or keep model.state_dict()")
-    description = {"format": FORMAT, "version": VERSION, "layers": [asdict(layer.spec) for layer in model.chain], "tail": model.tail}
+        raise TypeError(
+            f"save takes a frozen model, got {type(model).__name__}; call qgnn.freeze first, or keep model.state_dict()"
+        )
+    description = {
+        "format": FORMAT,
+        "version": VERSION,
+        "layers": [asdict(layer.spec) for layer in model.chain],
+        "tail": model.tail,
+    }
     tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
     target = Path(path)
     temporary = target.with_name(f"{target.name}.{uuid.uuid4().hex}.tmp")
@@ -51,7 +58,7 @@ def load(path: str | os.PathLike[str]) -> IntegerModel:
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no model file {os.fspath(path)}")
     try:
-        with safe_open(path, framework="pt") as file:  # type: ignore[no-untyped-call]
+        with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - safe_open has keys() but is no mapping
     except (SafetensorError, OSError) as error:
@@ -82,7 +89,9 @@ def _built(description: dict[str, Any], tensors: dict[str, Tensor]) -> IntegerMo
             if entry[name] not in get_args(hint) if get_args(hint) else type(entry[name]) is not hint:
                 raise ValueError(f"layer {i} has {name} {entry[name]!r}")
         if layers and entry["in_channels"] != layers[-1].spec.out_channels:
-            raise ValueError(f"layer {i} takes {entry['in_channels']} features, the one before gives {layers[-1].spec.out_channels}")
+            raise ValueError(
+                f"layer {i} takes {entry['in_channels']} features, the one before gives {layers[-1].spec.out_channels}"
+            )
         prefix = f"layers.{i}."
         own = {name[len(prefix) :]: tensors.pop(name) for name in list(tensors) if name.startswith(prefix)}
         layers.append(_layer(LayerSpec(**entry), own))
@@ -97,12 +106,19 @@ def _built(description: dict[str, Any], tensors: dict[str, Tensor]) -> IntegerMo
 
 def _layer(spec: LayerSpec, tensors: dict[str, Tensor]) -> IntegerLayer:
     if spec.weight_container not in (4, 8) or spec.operand_container not in (4, 8):
-        raise ValueError(f"layer {spec.name} has containers of {spec.weight_container} and {spec.operand_container} bits")
+        raise ValueError(
+            f"layer {spec.name} has containers of {spec.weight_container} and {spec.operand_container} bits"
+        )
     if min(spec.in_channels, spec.out_channels) < 1 or not 0 <= spec.zero <= 255:
-        raise ValueError(f"layer {spec.name} has sizes {spec.in_channels}, {spec.out_channels} and zero point {spec.zero}")
+        raise ValueError(
+            f"layer {spec.name} has sizes {spec.in_channels}, {spec.out_channels} and zero point {spec.zero}"
+        )
     out = (spec.out_channels,)
     packed = bucket_starts(uniform_counts(spec.out_channels, spec.weight_container), spec.in_channels)[-1]
-    wanted: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {"weight": (torch.uint8, (packed,)), "weight_step": (torch.float32, out)}
+    wanted: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
+        "weight": (torch.uint8, (packed,)),
+        "weight_step": (torch.float32, out),
+    }
     if spec.kind == "gcn":
         wanted |= {"operand_step": (torch.float32, out), "operand_bits": (torch.uint8, out)}
     if spec.coding != "binary":

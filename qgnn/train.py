@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import logging
 import os
-import pickle
 import statistics
 import tempfile
 import time
@@ -20,8 +19,8 @@ from torch import Tensor, nn
 
 from . import quant
 from .models import GCN
-from .quant.a2q import A2QQuantizer, learned_layers, memory_penalty
 from .qtensor import rounded_bits
+from .quant.a2q import A2QQuantizer, learned_layers, memory_penalty
 from .recipes import Recipe, recipe_for
 
 if TYPE_CHECKING:
@@ -86,8 +85,14 @@ def prepare(dataset: Dataset, recipe: Recipe) -> Data:
 
 
 def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
-    """Parameters by kind, each with its learning rate: weights of the first layer, other weights, widths, and steps of features, weights and operands."""
-    rates = {"bits": recipe.lr_bits, "log_step": recipe.lr_step, "log_weight_step": recipe.lr_weight_step, "log_operand_step": recipe.lr_operand_step}
+    """Parameters by kind, each with its learning rate: weights of the first layer, other weights, widths, and steps of features, weights
+    and operands."""
+    rates = {
+        "bits": recipe.lr_bits,
+        "log_step": recipe.lr_step,
+        "log_weight_step": recipe.lr_weight_step,
+        "log_operand_step": recipe.lr_operand_step,
+    }
     groups: dict[str, dict[str, Any]] = {}
     first = next(iter(dict(model.named_parameters())), "").rsplit(".", 2)[0]
     for name, parameter in model.named_parameters():
@@ -131,7 +136,9 @@ class Trainer:
             self.progress.epoch += 1
             if progress is not None:
                 progress(self.progress.epoch, self.total)
-            if checkpoint is not None and (time.monotonic() - written > CHECKPOINT_SECONDS or self.progress.epoch == self.total):
+            if checkpoint is not None and (
+                time.monotonic() - written > CHECKPOINT_SECONDS or self.progress.epoch == self.total
+            ):
                 self._write(checkpoint)
                 written = time.monotonic()
         best = self.progress.best
@@ -164,7 +171,7 @@ class Trainer:
         self.model.train()
         loss = self._loss(epoch)
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         self._check_finite(loss, epoch)
         self.optimizer.step()
         with torch.no_grad():
@@ -207,7 +214,7 @@ class Trainer:
     @torch.no_grad()
     def _forward_eval(self) -> Tensor:
         self.model.eval()
-        return self.model(self.data.x, self.data.edge_index)  # type: ignore[no-any-return]
+        return self.model(self.data.x, self.data.edge_index)
 
     def _evaluate(self, epoch: int) -> None:
         data, progress = self.data, self.progress
@@ -233,11 +240,18 @@ class Trainer:
         if bool(torch.isfinite(loss)):
             return
         value = float(loss.detach())
-        for name, parameter in self.model.named_parameters():
-            for what, tensor in (("parameter", parameter), ("gradient of", parameter.grad)):
-                if tensor is not None and not bool(torch.isfinite(tensor).all()):
-                    raise TrainingError(f"the loss is {value} in epoch {epoch}; it began in {what} {name}; lower the learning rates or look at the data")
-        raise TrainingError(f"the loss is {value} in epoch {epoch}; it began in the features or the output; look at the data for NaN or infinity")
+        parameters = list(self.model.named_parameters())
+        suspects = [(f"parameter {name}", p) for name, p in parameters] + [
+            (f"the gradient of {name}", p.grad) for name, p in parameters
+        ]
+        for name, tensor in suspects:
+            if tensor is not None and not bool(torch.isfinite(tensor).all()):
+                raise TrainingError(
+                    f"the loss is {value} in epoch {epoch}; it began in {name}; lower the learning rates or look at the data"
+                )
+        raise TrainingError(
+            f"the loss is {value} in epoch {epoch}; it began in the features or the output; look at the data for NaN or infinity"
+        )
 
     def _write(self, path: Path) -> None:
         state = {
@@ -261,8 +275,10 @@ class Trainer:
     def _resume(self, path: Path) -> None:
         try:
             state = torch.load(path, weights_only=True)
-        except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
-            raise ValueError(f"checkpoint {path} cannot be read, it is damaged or of another program; delete it to start over") from error
+        except Exception as error:  # whatever a damaged file provokes in the reader
+            raise ValueError(
+                f"checkpoint {path} cannot be read, it is damaged or of another program; delete it to start over"
+            ) from error
         if state.get("recipe") != asdict(self.recipe):
             raise ValueError(f"checkpoint {path} belongs to other settings; delete it or choose another folder")
         self.model.load_state_dict(state["model"])
@@ -300,7 +316,7 @@ class _SavedBytes:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._hooks.__exit__(*error)  # type: ignore[arg-type]
+        self._hooks.__exit__(*error)
 
 
 def train(
@@ -344,7 +360,15 @@ def build(scheme: quant.Scheme, dataset: Dataset, recipe: Recipe) -> nn.Module:
     """An untrained GCN of a recipe's sizes for a data set."""
     x = dataset.data.x
     assert isinstance(x, Tensor)
-    return GCN(x.size(1), recipe.hidden, dataset.num_classes, dropout=recipe.dropout, input_dropout=recipe.input_dropout, scheme=recipe.scheme(scheme), num_nodes=x.size(0))
+    return GCN(
+        x.size(1),
+        recipe.hidden,
+        dataset.num_classes,
+        dropout=recipe.dropout,
+        input_dropout=recipe.input_dropout,
+        scheme=recipe.scheme(scheme),
+        num_nodes=x.size(0),
+    )
 
 
 def _record(trainer: Trainer, dataset: Dataset, model: str, scheme: quant.Scheme, seed: int) -> dict[str, Any]:

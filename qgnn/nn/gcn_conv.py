@@ -10,7 +10,12 @@ from ..graph import Graph
 from ..quant import FeatureMap, Scheme, layer_quantizer, parse
 from .linear import Linear, check_channels
 
-_MESSAGE_PASSING_DEFAULTS = {"aggr": ("add", "sum"), "flow": ("source_to_target",), "node_dim": (-2, 0), "decomposed_layers": (1,)}
+_MESSAGE_PASSING_DEFAULTS = {
+    "aggr": ("add", "sum"),
+    "flow": ("source_to_target",),
+    "node_dim": (-2, 0),
+    "decomposed_layers": (1,),
+}
 
 
 def check_message_passing(arguments: dict[str, object]) -> None:
@@ -19,7 +24,9 @@ def check_message_passing(arguments: dict[str, object]) -> None:
         if name not in _MESSAGE_PASSING_DEFAULTS:
             raise TypeError(f"unknown argument {name!r}")
         if value not in _MESSAGE_PASSING_DEFAULTS[name]:
-            raise ValueError(f"{name}={value!r} is not supported; this layer has {name}={_MESSAGE_PASSING_DEFAULTS[name][0]!r}")
+            raise ValueError(
+                f"{name}={value!r} is not supported; this layer has {name}={_MESSAGE_PASSING_DEFAULTS[name][0]!r}"
+            )
 
 
 class GCNConv(nn.Module):
@@ -34,7 +41,8 @@ class GCNConv(nn.Module):
         scheme: a scheme name (:mod:`qgnn.quant.scheme`).
         num_nodes: nodes of the graph; needed by "a2q".
 
-    Shapes: ``x`` ``[N, in]``, ``edge_index`` ``[2, E]`` or a :class:`qgnn.Graph`, ``edge_weight`` ``[E]`` or None -> ``[N, out]``. State-dict keys ``lin.weight``
+    Shapes: ``x`` ``[N, in]``, ``edge_index`` ``[2, E]`` or a :class:`qgnn.Graph`, ``edge_weight`` ``[E]`` or None -> ``[N, out]``.
+    State-dict keys ``lin.weight``
     and ``bias``, as PyG's; those of the quantizer start with ``quantizer.``.
     """
 
@@ -58,7 +66,9 @@ class GCNConv(nn.Module):
         if add_self_loops is None:
             add_self_loops = normalize
         if add_self_loops and not normalize:
-            raise ValueError("GCNConv adds self loops only when it normalizes; pass normalize=True or add_self_loops=False")
+            raise ValueError(
+                "GCNConv adds self loops only when it normalizes; pass normalize=True or add_self_loops=False"
+            )
         self.in_channels, self.out_channels = in_channels, out_channels
         self.improved, self.cached, self.add_self_loops, self.normalize = improved, cached, add_self_loops, normalize
         self.lin = Linear(in_channels, out_channels, bias=False, weight_initializer="glorot")
@@ -71,7 +81,9 @@ class GCNConv(nn.Module):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
-    def propagation(self, edge_index: Tensor | Graph, nodes: int, edge_weight: Tensor | None = None) -> tuple[Graph, Tensor | None, Tensor | None]:
+    def propagation(
+        self, edge_index: Tensor | Graph, nodes: int, edge_weight: Tensor | None = None
+    ) -> tuple[Graph, Tensor | None, Tensor | None]:
         """The graph that is summed over, the factor ``D^-1/2`` ``[N]`` (None without normalisation) and the weights of its edges (in CSR order; None
         where all are 1)."""
         base = Graph.of(edge_index, nodes)
@@ -109,7 +121,10 @@ class GCNConv(nn.Module):
     def feature_maps(self, name: str, nodes: int) -> list[FeatureMap]:
         """The maps of this layer, for :func:`qgnn.quant.feature_maps`."""
         if self.quantizer is None:
-            return [FeatureMap(f"{name}.input", self.in_channels, nodes, 32, "input", False), FeatureMap(f"{name}.operand", self.out_channels, nodes, 32, "operand", False)]
+            return [
+                FeatureMap(f"{name}.input", self.in_channels, nodes, 32, "input", False),
+                FeatureMap(f"{name}.operand", self.out_channels, nodes, 32, "operand", False),
+            ]
         return self.quantizer.feature_maps(name, nodes, aggregates=True)
 
     def extra_repr(self) -> str:

@@ -28,7 +28,9 @@ def _initialize(tensor: Tensor, name: str | None, fan_in: int, default: str) -> 
 def check_channels(in_channels: int, out_channels: int) -> None:
     """Raises ValueError unless both sizes are known."""
     if in_channels < 1 or out_channels < 1:
-        raise ValueError(f"in_channels and out_channels must be at least 1, got {in_channels} and {out_channels}; lazy sizes (-1) cannot be quantized")
+        raise ValueError(
+            f"in_channels and out_channels must be at least 1, got {in_channels} and {out_channels}; lazy sizes (-1) cannot be quantized"
+        )
 
 
 class Linear(nn.Module):

@@ -31,7 +31,9 @@ __all__ = [
 ]
 
 
-def layer_quantizer(scheme: Scheme, in_channels: int, out_channels: int, num_nodes: int | None) -> LayerQuantizer | None:
+def layer_quantizer(
+    scheme: Scheme, in_channels: int, out_channels: int, num_nodes: int | None
+) -> LayerQuantizer | None:
     """The quantizer of one layer; None for "fp32".
 
     Raises:

@@ -65,7 +65,9 @@ class A2QQuantizer(LayerQuantizer):
     the mean ``initial_bits``.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, scheme: Scheme, num_nodes: int, initial_bits: float = 4.0) -> None:
+    def __init__(
+        self, in_channels: int, out_channels: int, scheme: Scheme, num_nodes: int, initial_bits: float = 4.0
+    ) -> None:
         super().__init__(in_channels, out_channels, scheme)
         self.initial_bits = initial_bits
         self.bits = nn.Parameter(torch.full((num_nodes,), initial_bits))
@@ -87,13 +89,18 @@ class A2QQuantizer(LayerQuantizer):
         if not self.enabled:
             return x @ weight.t()
         if x.size(0) != self.bits.numel():
-            raise ValueError(f"this layer has steps for {self.bits.numel()} nodes and got {x.size(0)}; node-level A2Q is tied to its graph: convert with num_nodes={x.size(0)}")
+            raise ValueError(
+                f"this layer has steps for {self.bits.numel()} nodes and got {x.size(0)}; "
+                f"node-level A2Q is tied to its graph: convert with num_nodes={x.size(0)}"
+            )
         if self.see_input(x):
             self._start(x, weight)
         weight_q = ops.fake_quantize(weight, self.log_weight_step.exp(), self.fixed_bits)
         if self.kind == "binary":
             return x @ weight_q.t()
-        return ops.quantized_linear(x, weight_q.t(), self.log_step.exp(), self.bits, signed=self.kind == "signed", ste=self.scheme.ste)
+        return ops.quantized_linear(
+            x, weight_q.t(), self.log_step.exp(), self.bits, signed=self.kind == "signed", ste=self.scheme.ste
+        )
 
     @torch.no_grad()
     def _start(self, x: Tensor, weight: Tensor) -> None:
@@ -109,7 +116,9 @@ class A2QQuantizer(LayerQuantizer):
             with torch.no_grad():
                 self.log_operand_step.copy_(steps_by_error(h.t().contiguous(), self.fixed_bits, True).log())
             self.operand_ready = True
-        return ops.fake_quantize(h, self.log_operand_step.exp(), self.fixed_bits, axis="col", gradient="local", ste=self.scheme.ste)
+        return ops.fake_quantize(
+            h, self.log_operand_step.exp(), self.fixed_bits, axis="col", gradient="local", ste=self.scheme.ste
+        )
 
     @torch.no_grad()
     def input_codes(self, x: Tensor | None) -> InputCodes:
@@ -133,7 +142,9 @@ class A2QQuantizer(LayerQuantizer):
 
 def learned_layers(model: nn.Module) -> Iterable[A2QQuantizer]:
     """The quantizers whose widths are learned: those of every A2Q layer with a quantized input."""
-    return (m for m in model.modules() if isinstance(m, A2QQuantizer) and m.enabled and m.kind in ("signed", "unsigned"))
+    return (
+        m for m in model.modules() if isinstance(m, A2QQuantizer) and m.enabled and m.kind in ("signed", "unsigned")
+    )
 
 
 def memory_kb(model: nn.Module) -> Tensor:

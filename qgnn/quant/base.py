@@ -150,8 +150,21 @@ class LayerQuantizer(nn.Module):
         """The maps of this layer, for the bookkeeping of NUMERICS 3."""
         bits, binary = self.input_bits(), self.kind == "binary"
         learned = isinstance(bits, Tensor) and not binary
-        maps = [FeatureMap(f"{name}.input", self.in_channels, nodes, 1 if binary else bits, "input", self.enabled and not binary, learned, self.kind == "signed" and learned)]
+        maps = [
+            FeatureMap(
+                f"{name}.input",
+                self.in_channels,
+                nodes,
+                1 if binary else bits,
+                "input",
+                self.enabled and not binary,
+                learned,
+                self.kind == "signed" and learned,
+            )
+        ]
         if aggregates:
             width = self.scheme.bits if self.enabled else 32
-            maps.append(FeatureMap(f"{name}.operand", self.out_channels, nodes, width, "operand", self.enabled, signed=True))
+            maps.append(
+                FeatureMap(f"{name}.operand", self.out_channels, nodes, width, "operand", self.enabled, signed=True)
+            )
         return maps

@@ -18,7 +18,9 @@ def _maps(module: nn.Module, name: str, nodes: int) -> list[FeatureMap]:
     listed = getattr(module, "feature_maps", None)
     if listed is not None:
         return list(listed(name or "model", nodes))
-    return [m for child, inner in module.named_children() for m in _maps(inner, f"{name}.{child}" if name else child, nodes)]
+    return [
+        m for child, inner in module.named_children() for m in _maps(inner, f"{name}.{child}" if name else child, nodes)
+    ]
 
 
 @dataclass(frozen=True)

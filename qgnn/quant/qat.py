@@ -30,7 +30,8 @@ class RangeQuantizer(nn.Module):
     """Tracks the range of one tensor and quantizes the tensor with it. The range is widened to hold 0.
 
     - affine (``symmetric=False``, NUMERICS 5): ``value = scale * (code - zero)``, codes 0 to ``2^bits - 1``, rounding half to even.
-    - symmetric (NUMERICS 1): the range ``[-m, m]``, ``step = m / Q``, codes ``-Q`` to ``Q``: what weights and the operand of an aggregation need to be
+    - symmetric (NUMERICS 1): the range ``[-m, m]``, ``step = m / Q``, codes ``-Q`` to ``Q``: what weights and the operand of an
+    aggregation need to be
       multiplied and summed as plain integers.
     """
 
@@ -71,7 +72,9 @@ class RangeQuantizer(nn.Module):
         if self.training or bool(self.low.isnan()):
             self.observe(x, protect)
         if not self.symmetric:
-            return ops.fake_quantize_affine(x, self.step(), self.zero(), self.scheme.bits, protect=protect, ste=self.scheme.ste)
+            return ops.fake_quantize_affine(
+                x, self.step(), self.zero(), self.scheme.bits, protect=protect, ste=self.scheme.ste
+            )
         out = ops.fake_quantize(x, self.step(), float(self.scheme.bits), gradient="local", ste=self.scheme.ste)
         return out if protect is None else torch.where(protect.unsqueeze(1), x, out)
 
@@ -95,10 +98,10 @@ class QATQuantizer(LayerQuantizer):
             return x @ weight.t()
         self.see_input(x)
         x_q = x if self.kind == "binary" else self.input(x, protect)
-        return x_q @ self.weight(weight).t()  # type: ignore[no-any-return]
+        return x_q @ self.weight(weight).t()
 
     def operand(self, h: Tensor, protect: Tensor | None) -> Tensor:
-        return self.message(h, protect) if self.enabled else h  # type: ignore[no-any-return]
+        return self.message(h, protect) if self.enabled else h
 
     @torch.no_grad()
     def input_codes(self, x: Tensor | None) -> InputCodes:

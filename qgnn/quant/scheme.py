@@ -42,7 +42,8 @@ SCHEMES = {
     "dq-int4": Scheme("dq-int4", "dq", 4, percentile=0.001, p_max=0.1),
     "a2q": Scheme("a2q", "a2q", 4),
 }
-"""Named schemes. QAT names take suffixes for the variants of Degree-Quant's table 1: -clip or -ste, -minmax or -momentum, -extremes or -percentile."""
+"""Named schemes. QAT names take suffixes for the variants of Degree-Quant's table 1: -clip or -ste, -minmax or -momentum, -extremes or
+-percentile."""
 
 _SUFFIXES: dict[str, dict[str, object]] = {
     "clip": {"ste": "clip"},
@@ -67,7 +68,9 @@ def parse(name: str | Scheme) -> Scheme:
     base, *suffixes = name.split("-")
     scheme = SCHEMES.get(base)
     if scheme is None or scheme.method != "qat" or not all(s in _SUFFIXES for s in suffixes):
-        raise ValueError(f"there is no scheme {name!r}; choose one of {', '.join(SCHEMES)}, or int8/int4 with suffixes {', '.join('-' + s for s in _SUFFIXES)}")
+        raise ValueError(
+            f"there is no scheme {name!r}; choose one of {', '.join(SCHEMES)}, or int8/int4 with suffixes {', '.join('-' + s for s in _SUFFIXES)}"
+        )
     for suffix in suffixes:
         scheme = replace(scheme, **_SUFFIXES[suffix])  # type: ignore[arg-type]
     return replace(scheme, name=name)
