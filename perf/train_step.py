@@ -64,10 +64,10 @@ def train_steps(
     results = {}
     for name in schemes:
         scheme = quant.parse(name)
-        recipe = recipe_for("gcn", scheme, dataset).changed(None, hidden)
+        recipe = recipe_for("gcn", scheme, dataset).changed(hidden=hidden)
         data = prepare(dataset, recipe).to(device)
         trainer = Trainer(build(scheme, dataset, recipe).to(device), data, recipe)
-        trainer.start_quantization()
+        trainer.end_warmup()
         candidates: dict[str, Callable[[], object]] = {
             "pyg-fp32": pyg_step(data, dataset.num_classes, recipe),
             name: partial(trainer.step, trainer.total),

@@ -91,7 +91,8 @@ class QuantizedLinear(torch.autograd.Function):
         ctx.counts = uniform_counts(x.size(0), TRAINING_CONTAINER)
         data, clip, grad_step, grad_bits = quantize(x, step, widths, True, signed, None, ctx.counts, True)
         ctx.save_for_backward(data, clip if masked else None, step, weight, grad_step, grad_bits)
-        return dequantize(data, step, True, signed, 0, None, ctx.counts, ctx.features) @ weight
+        # A row with NaN has no code for it, but a NaN gradient of its step: through the step, NaN reaches the output, as in float arithmetic.
+        return dequantize(data, step + 0 * grad_step, True, signed, 0, None, ctx.counts, ctx.features) @ weight
 
     @staticmethod
     @once_differentiable

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -147,6 +149,14 @@ def _folder(path: Path) -> Path:
     return path
 
 
+def _settings(pairs: list[str]) -> dict[str, str]:
+    """The settings of ``--set``."""
+    for pair in pairs:
+        if "=" not in pair:
+            raise ValueError(f"--set takes KEY=VALUE, got {pair!r}")
+    return dict(pair.split("=", 1) for pair in pairs)
+
+
 @app.command(
     epilog="Example: qgnn train --dataset Cora --scheme a2q --seeds 10 --out out/cora",
     help="Train a model once per seed, and print means over seeds.",
@@ -163,6 +173,10 @@ def train(
     ] = None,
     epochs: Annotated[int | None, typer.Option(min=1, help="Epochs; else the recipe's.")] = None,
     hidden: Annotated[int | None, typer.Option(min=1, help="Width of the hidden layers; else the recipe's.")] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Another number in the recipe, such as distill=0; repeatable."),
+    ] = None,
     json_to: JsonOption = None,
     out: Annotated[
         Path | None, typer.Option(help="Keep results and checkpoints here; the same command resumes.")
@@ -189,18 +203,13 @@ def train(
         parsed = parse(scheme)
         lines = _JsonLines(json_to)
         loaded = load(dataset, data_root)
-        recipe = recipe_for(model, parsed, loaded).changed(epochs, hidden)
-        settings = {
-            "dataset": loaded.name,
-            "model": model,
-            "scheme": parsed.name,
-            "epochs": recipe.epochs,
-            "hidden": recipe.hidden,
-        }
-        place = re.sub(r"[^\w.-]+", "-", "_".join(str(value) for value in settings.values()))
+        recipe = recipe_for(model, parsed, loaded).changed(epochs, hidden, _settings(settings or []))
+        identity = {"dataset": loaded.name, "model": model, "scheme": parsed.name, "recipe": asdict(recipe)}
+        digest = hashlib.sha256(json.dumps(identity["recipe"], sort_keys=True).encode()).hexdigest()[:12]
+        place = re.sub(r"[^\w.-]+", "-", f"{loaded.name}_{model}_{parsed.name}_{digest}")
         results = None if out is None else _folder(out) / "results.jsonl"
         earlier = [] if results is None else read(results)
-        finished = {r.get("seed"): r for r in earlier if all(k in r and r[k] == v for k, v in settings.items())}
+        finished = {r.get("seed"): r for r in earlier if all(r.get(k) == v for k, v in identity.items())}
         records = []
         with _progress() as show:
             for running in range(seeds):
@@ -210,12 +219,12 @@ def train(
                     checkpoint = None if out is None else out / "checkpoints" / f"{place}_seed{running}.pt"
                     try:
                         run = run_training(
-                            loaded, model, scheme, running, epochs=epochs, hidden=hidden, checkpoint=checkpoint,
+                            loaded, model, scheme, running, recipe=recipe, checkpoint=checkpoint,
                             progress=partial(show, what),
                         )  # fmt: skip
                     except TrainingError as error:
                         _stop(error, 1)
-                    record = {**run.record, **settings}
+                    record = run.record
                     if results is not None:
                         append(results, record)
                 lines.write(record)

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .features import SparseFeatures, dropout
+from .graph import Graph
 from .nn import GCNConv
 from .quant import Scheme
 
@@ -43,11 +45,10 @@ class GCN(torch.nn.Module):
             GCNConv(sizes[i], sizes[i + 1], scheme=scheme, num_nodes=num_nodes) for i in range(num_layers)
         )
 
-    def forward(self, x: Tensor, edge_index: Tensor) -> Tensor:
+    def forward(self, x: Tensor | SparseFeatures, edge_index: Tensor | Graph) -> Tensor:
         """``x`` ``[N, in_channels]`` and ``edge_index`` ``[2, E]`` -> logits ``[N, out_channels]``."""
-        for i, conv in enumerate(self.convs):
-            if i:
-                x = F.relu(x)
-            x = F.dropout(x, p=self.dropout if i else self.input_dropout, training=self.training)
-            x = conv(x, edge_index)
-        return x
+        first, *rest = self.convs
+        h: Tensor = first(dropout(x, self.input_dropout, self.training), edge_index)
+        for conv in rest:
+            h = conv(F.dropout(F.relu(h), self.dropout, self.training), edge_index)
+        return h

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from .quant import Scheme
@@ -13,89 +14,122 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a model is trained.
+    """How a model is trained: ``warmup`` epochs in FP32, then ``epochs`` from the best of these weights with a new optimizer; then the
+    quantizers of a
+    quantized scheme are on.
 
     Attributes:
-        epochs: of quantized training; of FP32 training for "fp32".
-        warmup: epochs in FP32 before the quantizers start.
-        hidden, dropout, input_dropout: of the model; the dropout of the features is ``input_dropout``.
+        warmup, epochs: lengths of the two phases.
+        hidden: features of the hidden map.
         normalize_features: divide each row of the features by its sum.
-        lr, weight_decay, weight_decay_rest: Adam on the weights; the decay of the first layer, and of the others.
-        lr_bits, lr_step, lr_weight_step, lr_operand_step: learning rates of widths, and of the logarithms of the steps of features,
-        weights and operands.
-        quantized_lr, quantized_dropout: learning rate of the weights, and ``dropout``, once the quantizers have started.
+        input_dropout: dropout of the features.
+        warmup_dropout, dropout: dropout of the hidden map in the two phases.
+        warmup_lr, lr: Adam's learning rate of the weights in the two phases.
+        weight_decay: L2 penalty of the first layer; the others have none.
+        lr_bits, lr_step, lr_weight_step, lr_operand_step: learning rates of widths, and of the logarithms of the steps of features, weights and
+            operands.
+        distill: weight of the cross entropy of all nodes against the predictions that the best warm-up weights make. These are computed once.
         initial_bits: mean of the widths at the start.
-        bits_share: share of the quantized epochs in which widths learn; then they are fixed, and steps and weights settle.
-        smallest_bits: lower limit of the learned widths.
-        distill: weight of the cross entropy of all nodes against the predictions of the warmed-up FP32 model, which are computed once.
-        penalty: factor of the memory penalty (A2Q eq. 6), on the excess over ``target_bits`` in KB.
+        bits_share: share of the second phase in which widths learn; then they are fixed, and steps and weights settle.
+        penalty: factor of the memory penalty (A2Q eq. 6), which squares the excess over ``target_bits``, in KB.
         target_bits: mean width at which the penalty starts.
-        bits_limit: epochs with a larger mean width are never the best.
-        overrides: fields of the scheme that this recipe sets.
+        bits_limit: epochs with a larger mean width are not the best, unless all have one.
+        scheme: fields of the scheme that this recipe sets.
     """
 
-    epochs: int = 200
-    warmup: int = 0
-    hidden: int = 16
-    dropout: float = 0.5
-    input_dropout: float = 0.5
-    normalize_features: bool = True
-    lr: float = 0.01
-    weight_decay: float = 5e-4
-    weight_decay_rest: float = 0.0
+    warmup: int
+    epochs: int
+    hidden: int
+    normalize_features: bool
+    input_dropout: float
+    warmup_dropout: float
+    dropout: float
+    warmup_lr: float
+    lr: float
+    weight_decay: float
     lr_bits: float = 0.0
     lr_step: float = 0.0
     lr_weight_step: float = 0.0
     lr_operand_step: float = 0.0
-    quantized_lr: float = 0.01
-    quantized_dropout: float = 0.5
+    distill: float = 0.0
     initial_bits: float = 4.0
     bits_share: float = 1.0
-    smallest_bits: float = 0.0
-    distill: float = 0.0
     penalty: float = 0.0
     target_bits: float = 0.0
     bits_limit: float = 8.0
-    overrides: dict[str, Any] = field(default_factory=dict)
+    scheme: dict[str, Any] = field(default_factory=dict)
 
-    def changed(self, epochs: int | None, hidden: int | None) -> Recipe:
-        """The recipe with other sizes; fewer epochs shorten the warm-up in proportion."""
+    def changed(
+        self, epochs: int | None = None, hidden: int | None = None, settings: Mapping[str, str] | None = None
+    ) -> Recipe:
+        """The recipe with other sizes and, by name, other values of any field. Fewer epochs shorten the warm-up in proportion.
+
+        Raises:
+            ValueError: a size below 1, an unknown name, or a value that is no number.
+        """
         recipe = self
+        for name, text in (settings or {}).items():
+            kind = {"int": int, "float": float}.get({f.name: str(f.type) for f in fields(Recipe)}.get(name, ""))
+            if kind is None:
+                known = ", ".join(f.name for f in fields(Recipe) if f.type in ("int", "float"))
+                raise ValueError(f"a recipe has no setting {name!r} that is a number; there are {known}")
+            try:
+                recipe = replace(recipe, **{name: kind(text)})
+            except ValueError:
+                raise ValueError(f"{name} must be a number ({kind.__name__}), got {text!r}") from None
         if epochs is not None:
-            if epochs < 1:
-                raise ValueError(f"epochs must be at least 1, got {epochs}")
-            recipe = replace(recipe, epochs=epochs, warmup=min(recipe.warmup, recipe.warmup * epochs // recipe.epochs))
+            recipe = replace(
+                recipe, epochs=epochs, warmup=min(recipe.warmup, recipe.warmup * epochs // max(recipe.epochs, 1))
+            )
         if hidden is not None:
-            if hidden < 1:
-                raise ValueError(f"hidden must be at least 1, got {hidden}")
             recipe = replace(recipe, hidden=hidden)
+        for name, smallest in (("epochs", 1), ("hidden", 1), ("warmup", 0)):
+            if getattr(recipe, name) < smallest:
+                raise ValueError(f"{name} must be at least {smallest}, got {getattr(recipe, name)}")
         return recipe
 
-    def scheme(self, scheme: Scheme) -> Scheme:
-        """The scheme with this recipe's fields; what the name of the scheme says explicitly stays."""
-        return replace(scheme, **self.overrides)
 
-
-_FP32 = Recipe(epochs=200, hidden=32, dropout=0.5, input_dropout=0.8, weight_decay=1e-3)
-_QUANTIZED = replace(_FP32, epochs=100, warmup=150, quantized_lr=0.005, quantized_dropout=0.0, distill=10.0)
-_A2Q = replace(
-    _QUANTIZED, lr_bits=0.02, lr_step=0.02, lr_weight_step=0.01, lr_operand_step=0.01, initial_bits=1.75, smallest_bits=1.0, bits_share=0.3,
-    penalty=30.0, target_bits=1.6, bits_limit=1.75,
+# Chosen by validation accuracy over seeds 100..104 of Cora (and CiteSeer where stated), never by test accuracy; docs/accuracy.md has the figures.
+# - Strong dropout of the bag of words (0.8) is the best FP32 setting: validation 81.8 against 81.3 with 0.5.
+# - Two phases: quantizers that start from trained FP32 tensors need no search of initial steps.
+# - The distillation term keeps the weights near what the warm-up learned from 140 labels: validation 82.3 against 80.8 without (A2Q). FP32 gets the
+#   same two phases, so that rows compare quantization and nothing else.
+_FP32 = Recipe(
+    warmup=150, epochs=100, hidden=32, normalize_features=True, input_dropout=0.8, warmup_dropout=0.5, dropout=0.0, warmup_lr=0.01, lr=0.005,
+    weight_decay=1e-3, distill=10.0,
 )  # fmt: skip
-
-_DIGITS: dict[str, Any] = {"hidden": 32, "input_dropout": 0.2, "dropout": 0.3, "normalize_features": False}
+# - Ranges: 4 bits need percentiles; validation at 4 bits: extremes with minmax 42, with momentum 76; 0.1 % clipped 82.3, 1 % clipped 82.7.
+_INT8 = replace(_FP32, scheme={"percentile": 0.001})
+_INT4 = replace(_FP32, scheme={"percentile": 0.01})
+# - Hidden dropout is low once steps learn, since they fit the values that dropout scales up: validation 80.1 with 0.5, 82.3 with 0.2.
+# - Eq. 5 counts real widths, and rounded ones gather above them; so the target lies below the limit and widths stop learning at 30 %.
+# - 1.65 bits at the start lets the 1.75 of the paper's table be the limit on Cora; CiteSeer's is 1.90.
+_A2Q = replace(
+    _FP32, dropout=0.2, lr=0.01, lr_bits=0.02, lr_step=0.02, lr_weight_step=0.01, lr_operand_step=0.01,
+    initial_bits=1.65, bits_share=0.3, penalty=30.0,
+    target_bits=1.5, bits_limit=1.75,
+)  # fmt: skip
+# - Pixels are real values in [0, 1]: no row normalisation, less dropout, and more bits, because the input is quantized too.
+_DIGITS: dict[str, Any] = {"input_dropout": 0.2, "warmup_dropout": 0.3, "normalize_features": False}
 
 RECIPES: dict[tuple[str, str, str], Recipe] = {
     ("gcn", "fp32", "citation"): _FP32,
+    ("gcn", "int8", "citation"): _INT8,
+    ("gcn", "int4", "citation"): _INT4,
+    ("gcn", "qat", "citation"): _FP32,
+    ("gcn", "dq-int8", "citation"): _INT8,
+    ("gcn", "dq-int4", "citation"): _INT4,
     ("gcn", "a2q", "citation"): _A2Q,
-    ("gcn", "qat", "citation"): _QUANTIZED,
-    ("gcn", "dq", "citation"): _QUANTIZED,
+    ("gcn", "a2q", "CiteSeer"): replace(_A2Q, initial_bits=1.75, target_bits=1.6, bits_limit=1.9),
     ("gcn", "fp32", "digits"): replace(_FP32, **_DIGITS),
+    ("gcn", "int8", "digits"): replace(_INT8, **_DIGITS),
+    ("gcn", "int4", "digits"): replace(_INT4, **_DIGITS),
+    ("gcn", "qat", "digits"): replace(_FP32, **_DIGITS),
+    ("gcn", "dq-int8", "digits"): replace(_INT8, **_DIGITS),
+    ("gcn", "dq-int4", "digits"): replace(_INT4, **_DIGITS),
     ("gcn", "a2q", "digits"): replace(_A2Q, **_DIGITS, initial_bits=2.0, target_bits=1.9, bits_limit=2.25),
-    ("gcn", "qat", "digits"): replace(_QUANTIZED, **_DIGITS),
-    ("gcn", "dq", "digits"): replace(_QUANTIZED, **_DIGITS),
 }
-"""By (model, name or method of the scheme, data set or its family)."""
+"""By (model, name or method of the scheme, data set or its family). "qat" holds for the named variants, "int4-ste-minmax" and so on."""
 
 
 def recipe_for(model: str, scheme: Scheme, dataset: Dataset) -> Recipe:

@@ -18,9 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import quant
+from .features import SparseFeatures
 from .models import GCN
 from .qtensor import rounded_bits
 from .quant.a2q import A2QQuantizer, learned_layers, memory_penalty
+from .quant.base import is_row_binary
 from .recipes import Recipe, recipe_for
 
 if TYPE_CHECKING:
@@ -29,6 +31,9 @@ if TYPE_CHECKING:
     from .data import Dataset
 
 _log = logging.getLogger(__name__)
+
+SPARSE_BELOW = 0.1
+"""Share of nonzeros below which features are multiplied as a sparse matrix."""
 
 CHECKPOINT_SECONDS = 10.0
 """A checkpoint is written when this much time has passed since the last one."""
@@ -84,7 +89,14 @@ def prepare(dataset: Dataset, recipe: Recipe) -> Data:
     return data
 
 
-def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
+def training_features(x: Tensor | None) -> Tensor | SparseFeatures:
+    """Features as training multiplies them: sparse where few are nonzero and 1 bit represents them exactly, so that nothing has to quantize them."""
+    assert isinstance(x, Tensor)
+    sparse = int(x.count_nonzero()) < SPARSE_BELOW * x.numel() and is_row_binary(x)
+    return SparseFeatures.from_dense(x) if sparse else x
+
+
+def parameter_groups(model: nn.Module, recipe: Recipe, lr: float) -> list[dict[str, Any]]:
     """Parameters by kind, each with its learning rate: weights of the first layer, other weights, widths, and steps of features, weights
     and operands."""
     rates = {
@@ -102,13 +114,13 @@ def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
         else:
             is_first = name.startswith(".".join(first.split(".")[:2]))
             kind = "first" if is_first else "other"
-            settings = {"lr": recipe.lr, "weight_decay": recipe.weight_decay if is_first else recipe.weight_decay_rest}
+            settings = {"lr": lr, "weight_decay": recipe.weight_decay if is_first else 0.0}
         groups.setdefault(kind, {"params": [], "kind": kind, **settings})["params"].append(parameter)
     return list(groups.values())
 
 
 class Trainer:
-    """One training of ``model`` on ``data``, epoch by epoch.
+    """One training of ``model`` on ``data``, epoch by epoch, with a :class:`qgnn.recipes.Recipe`.
 
     ``data`` has ``x``, ``edge_index``, ``y`` and the masks of a split. The model computes in float32 for ``recipe.warmup`` epochs; then its
     quantizers start from the best of these weights, and train for ``recipe.epochs`` epochs. The best epoch is that of the highest validation
@@ -118,10 +130,9 @@ class Trainer:
 
     def __init__(self, model: nn.Module, data: Data, recipe: Recipe) -> None:
         self.model, self.data, self.recipe = model, data, recipe
-        self.quantized = any(isinstance(m, quant.LayerQuantizer) for m in model.modules())
-        self.warmup = recipe.warmup if self.quantized else 0
-        self.total = self.warmup + recipe.epochs
-        self.optimizer = torch.optim.Adam(parameter_groups(model, recipe))
+        self.warmup, self.total = recipe.warmup, recipe.warmup + recipe.epochs
+        self.optimizer = torch.optim.Adam(parameter_groups(model, recipe, recipe.warmup_lr))
+        self.x = training_features(data.x)
         self.progress = _Progress()
         self.teacher: Tensor | None = None
         quant.set_enabled(model, False)
@@ -146,8 +157,8 @@ class Trainer:
         self.model.eval()
 
     def _epoch(self, epoch: int) -> None:
-        if epoch == self.warmup and self.quantized:
-            self.start_quantization()
+        if epoch == self.warmup:
+            self.end_warmup()
         started = time.perf_counter()
         if epoch == self.total - 1:
             with _SavedBytes(self.model) as kept:
@@ -176,11 +187,11 @@ class Trainer:
         self.optimizer.step()
         with torch.no_grad():
             for layer in learned_layers(self.model):
-                layer.bits.clamp_(self.recipe.smallest_bits, 8)
+                layer.bits.clamp_(0, 8)
 
     def _loss(self, epoch: int) -> Tensor:
         recipe, data = self.recipe, self.data
-        out = self.model(data.x, data.edge_index)
+        out = self.model(self.x, data.edge_index)
         loss = F.cross_entropy(out[data.train_mask], data.y[data.train_mask])
         if self.teacher is not None:
             loss = loss + recipe.distill * F.cross_entropy(out, self.teacher)
@@ -191,9 +202,10 @@ class Trainer:
                 loss = loss + recipe.penalty * memory_penalty(self.model, target, "relu")
         return loss
 
-    def start_quantization(self) -> None:
-        """Restores the best warm-up weights, keeps their predictions as the teacher's, switches the quantizers on and lets them take their steps and
-        ranges from the whole graph."""
+    def end_warmup(self) -> None:
+        """Restores the best warm-up weights, keeps their predictions as the teacher's, starts a new optimizer, switches the quantizers on
+        and lets them
+        take their steps and ranges from the whole graph."""
         if self.progress.warm.key is not None:
             self.model.load_state_dict(self.progress.warm.state)
             if self.recipe.distill:
@@ -201,20 +213,19 @@ class Trainer:
         for module in self.model.modules():
             if isinstance(module, A2QQuantizer):
                 module.initial_bits = self.recipe.initial_bits
-        self._enable_quantization()
+        self._begin_main()
         self._forward_eval()
 
-    def _enable_quantization(self) -> None:
-        recipe = self.recipe
+    def _begin_main(self) -> None:
         quant.set_enabled(self.model, True)
         if isinstance(self.model, GCN):
-            self.model.dropout = recipe.quantized_dropout
-        self.optimizer = torch.optim.Adam(parameter_groups(self.model, replace(recipe, lr=recipe.quantized_lr)))
+            self.model.dropout = self.recipe.dropout
+        self.optimizer = torch.optim.Adam(parameter_groups(self.model, self.recipe, self.recipe.lr))
 
     @torch.no_grad()
     def _forward_eval(self) -> Tensor:
         self.model.eval()
-        return self.model(self.data.x, self.data.edge_index)
+        return self.model(self.x, self.data.edge_index)
 
     def _evaluate(self, epoch: int) -> None:
         data, progress = self.data, self.progress
@@ -257,7 +268,7 @@ class Trainer:
         state = {
             "recipe": asdict(self.recipe),
             "model": self.model.state_dict(),
-            "enabled": self.progress.epoch > self.warmup,
+            "warm": self.progress.epoch > self.warmup,
             "optimizer": self.optimizer.state_dict(),
             "progress": asdict(self.progress),
             "teacher": self.teacher,
@@ -282,8 +293,8 @@ class Trainer:
         if state.get("recipe") != asdict(self.recipe):
             raise ValueError(f"checkpoint {path} belongs to other settings; delete it or choose another folder")
         self.model.load_state_dict(state["model"])
-        if state["enabled"] and self.quantized:
-            self._enable_quantization()
+        if state["warm"]:
+            self._begin_main()
         self.optimizer.load_state_dict(state["optimizer"])
         self.teacher = state["teacher"]
         progress = state["progress"]
@@ -325,20 +336,18 @@ def train(
     scheme: str,
     seed: int,
     *,
-    epochs: int | None = None,
-    hidden: int | None = None,
+    recipe: Recipe | None = None,
     checkpoint: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Run:
-    """Trains one model with the recipe of its scheme and data set family (:mod:`qgnn.recipes`).
+    """Trains one model.
 
     Args:
         dataset: from :func:`qgnn.data.load`.
         model: "gcn".
         scheme: a scheme name (:mod:`qgnn.quant.scheme`).
         seed: of weights, dropout and masks; the same seed gives the same run on the same machine.
-        epochs: of quantized training (of FP32 training for "fp32"), instead of the recipe's; a shorter training has a shorter warm-up.
-        hidden: features of the hidden map, instead of the recipe's.
+        recipe: the settings; by default those of the scheme and the data set's family (:func:`qgnn.recipes.recipe_for`).
         checkpoint: file to resume from and to write to.
         progress: called with (epochs done, epochs in all).
 
@@ -347,7 +356,7 @@ def train(
         TrainingError: the loss became NaN or infinite; the sentence names the epoch and the tensor.
     """
     parsed = quant.parse(scheme)
-    recipe = recipe_for(model, parsed, dataset).changed(epochs, hidden)
+    recipe = recipe or recipe_for(model, parsed, dataset)
     data = prepare(dataset, recipe)
     torch.manual_seed(seed)
     network = build(parsed, dataset, recipe)
@@ -364,15 +373,15 @@ def build(scheme: quant.Scheme, dataset: Dataset, recipe: Recipe) -> nn.Module:
         x.size(1),
         recipe.hidden,
         dataset.num_classes,
-        dropout=recipe.dropout,
+        dropout=recipe.warmup_dropout,
         input_dropout=recipe.input_dropout,
-        scheme=recipe.scheme(scheme),
+        scheme=replace(scheme, **recipe.scheme),
         num_nodes=x.size(0),
     )
 
 
 def _record(trainer: Trainer, dataset: Dataset, model: str, scheme: quant.Scheme, seed: int) -> dict[str, Any]:
-    best, progress, nodes = trainer.progress.best, trainer.progress, trainer.data.x.size(0)
+    best, progress, nodes = trainer.progress.best, trainer.progress, trainer.x.size(0)
     maps = quant.feature_maps(trainer.model, nodes)
     averages = quant.averages(maps)
     return {
@@ -389,6 +398,5 @@ def _record(trainer: Trainer, dataset: Dataset, model: str, scheme: quant.Scheme
         "fp32_bytes": sum(4 * m.dim * m.nodes for m in maps),
         "train_step_ms": statistics.median(progress.step_ms) if progress.step_ms else 0.0,
         "peak_memory_bytes": progress.peak_memory_bytes,
-        "epochs": trainer.recipe.epochs,
-        "hidden": trainer.recipe.hidden,
+        "recipe": asdict(trainer.recipe),
     }

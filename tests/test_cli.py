@@ -89,7 +89,7 @@ def test_finished_seeds_are_not_repeated(tmp_path: Path, monkeypatch: pytest.Mon
     real = qgnn.train.train
 
     def counted(dataset: object, model: str, scheme: str, seed: int, **more: Any) -> object:
-        trained.append((scheme, seed, more["epochs"], more["hidden"]))
+        trained.append((scheme, seed, more["recipe"].epochs, more["recipe"].hidden))
         return real(dataset, model, scheme, seed, **more)
 
     monkeypatch.setattr(qgnn.train, "train", counted)
@@ -100,11 +100,11 @@ def test_finished_seeds_are_not_repeated(tmp_path: Path, monkeypatch: pytest.Mon
     assert [json.loads(line)["seed"] for line in second.stdout.splitlines()] == [0, 1], "and is reported all the same"
     run(*QUICK, "--seeds", "1", "--hidden", "8", *keep)
     run(*QUICK[:-1], "3", "--seeds", "1", *keep)
-    assert trained[2:] == [("fp32", 0, 2, 8), ("fp32", 0, 3, None)], "other settings are other runs"
     kept = records(tmp_path / "new" / "folder" / "results.jsonl")
-    usual = kept[0]["hidden"]
+    usual = kept[0]["recipe"]["hidden"]
+    assert trained[2:] == [("fp32", 0, 2, 8), ("fp32", 0, 3, usual)], "other settings are other runs"
     expected = [(0, 2, usual), (1, 2, usual), (0, 2, 8), (0, 3, usual)]
-    assert [(r["seed"], r["epochs"], r["hidden"]) for r in kept] == expected
+    assert [(r["seed"], r["recipe"]["epochs"], r["recipe"]["hidden"]) for r in kept] == expected
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from pathlib import Path
 
@@ -22,6 +21,10 @@ def small(scheme: str, **changes: object) -> tuple[Recipe, quant.Scheme]:
     return dataclasses.replace(recipe, **changes), parsed
 
 
+def sized(scheme: str, epochs: int, hidden: int, settings: dict[str, str] | None = None) -> Recipe:
+    return recipe_for("gcn", quant.parse(scheme), DIGITS).changed(epochs, hidden, settings)
+
+
 def trainer(scheme: str, seed: int = 0, **changes: object) -> train.Trainer:
     recipe, parsed = small(scheme, **changes)
     torch.manual_seed(seed)
@@ -32,7 +35,7 @@ def trainer(scheme: str, seed: int = 0, **changes: object) -> train.Trainer:
 def test_every_scheme_learns_and_reports(scheme: str) -> None:
     calls: list[tuple[int, int]] = []
     run = train.train(
-        DIGITS, "gcn", scheme, 0, epochs=30, hidden=16, progress=lambda done, total: calls.append((done, total))
+        DIGITS, "gcn", scheme, 0, recipe=sized(scheme, 30, 16), progress=lambda done, total: calls.append((done, total))
     )
     record = run.record
     assert record["test_acc"] > 60, "ten classes: chance is 10 %"
@@ -52,7 +55,7 @@ def test_every_scheme_learns_and_reports(scheme: str) -> None:
 
 def test_record_is_of_the_best_epoch() -> None:
     """The model that is returned has the validation accuracy that the record states."""
-    run = train.train(DIGITS, "gcn", "a2q", 1, epochs=10, hidden=8)
+    run = train.train(DIGITS, "gcn", "a2q", 1, recipe=sized("a2q", 10, 8))
     out = run.model(run.data.x, run.data.edge_index)
     right = (out.argmax(1) == run.data.y).float() * 100
     assert float(right[run.data.val_mask].mean()) == pytest.approx(run.record["val_acc"])
@@ -60,7 +63,9 @@ def test_record_is_of_the_best_epoch() -> None:
 
 
 def test_same_seed_same_run_and_other_seed_another() -> None:
-    first, second, other = (train.train(DIGITS, "gcn", "dq-int4", seed, epochs=4, hidden=8) for seed in (0, 0, 1))
+    first, second, other = (
+        train.train(DIGITS, "gcn", "dq-int4", seed, recipe=sized("dq-int4", 4, 8)) for seed in (0, 0, 1)
+    )
     a, b, c = (run.model(run.data.x, run.data.edge_index) for run in (first, second, other))
     assert torch.equal(a, b) and not torch.equal(a, c)
 
@@ -109,8 +114,7 @@ def test_nan_stops_with_the_epoch_and_the_tensor() -> None:
     with pytest.raises(train.TrainingError, match=r"loss is nan in epoch 0; .* parameter convs\.1\.lin\.weight"):
         t.run()
     t = trainer("fp32")
-    t.data = copy.copy(t.data)
-    t.data.x = torch.full_like(t.data.x, torch.inf)
+    t.x = torch.full_like(t.data.x, torch.inf)
     with pytest.raises(train.TrainingError, match="epoch 0"):
         t.run()
 
@@ -139,7 +143,12 @@ def test_unknown_names() -> None:
     with pytest.raises(ValueError, match="there is no scheme 'int3'"):
         train.train(DIGITS, "gcn", "int3", 0)
     with pytest.raises(ValueError, match="epochs must be at least 1"):
-        train.train(DIGITS, "gcn", "fp32", 0, epochs=0)
+        sized("fp32", 0, 8)
+    with pytest.raises(ValueError, match=r"no setting 'lrr' that is a number; there are warmup, epochs,"):
+        sized("fp32", 1, 8, {"lrr": "1"})
+    with pytest.raises(ValueError, match=r"distill must be a number \(float\), got 'much'"):
+        sized("fp32", 1, 8, {"distill": "much"})
+    assert sized("fp32", 10, 8, {"distill": "0.5"}).distill == 0.5
 
 
 def test_every_scheme_has_a_recipe_for_every_family() -> None:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..features import SparseFeatures
 from ..graph import Graph
 from ..quant import FeatureMap, Scheme, layer_quantizer, parse
 from .linear import Linear, check_channels
@@ -41,7 +42,8 @@ class GCNConv(nn.Module):
         scheme: a scheme name (:mod:`qgnn.quant.scheme`).
         num_nodes: nodes of the graph; needed by "a2q".
 
-    Shapes: ``x`` ``[N, in]``, ``edge_index`` ``[2, E]`` or a :class:`qgnn.Graph`, ``edge_weight`` ``[E]`` or None -> ``[N, out]``.
+    Shapes: ``x`` ``[N, in]`` (or :class:`qgnn.features.SparseFeatures`), ``edge_index`` ``[2, E]`` or a :class:`qgnn.Graph`,
+    ``edge_weight`` ``[E]`` or None -> ``[N, out]``.
     State-dict keys ``lin.weight``
     and ``bias``, as PyG's; those of the quantizer start with ``quantizer.``.
     """
@@ -97,9 +99,11 @@ class GCNConv(nn.Module):
         factor = degree.clamp_min(torch.finfo(weight.dtype).tiny).rsqrt()
         return graph, torch.where(degree > 0, factor, torch.zeros_like(factor)), weight
 
-    def forward(self, x: Tensor, edge_index: Tensor | Graph, edge_weight: Tensor | None = None) -> Tensor:
-        if not isinstance(x, Tensor) or x.dim() != 2 or x.size(1) != self.in_channels:
-            shape = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
+    def forward(
+        self, x: Tensor | SparseFeatures, edge_index: Tensor | Graph, edge_weight: Tensor | None = None
+    ) -> Tensor:
+        if not isinstance(x, Tensor | SparseFeatures) or len(x.shape) != 2 or x.size(1) != self.in_channels:
+            shape = list(x.shape) if isinstance(x, Tensor | SparseFeatures) else type(x).__name__
             raise ValueError(f"x must be a tensor [N, {self.in_channels}], got {shape}")
         graph, factor, weight = self.propagation(edge_index, x.size(0), edge_weight)
         if graph.device != x.device:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..features import SparseFeatures
 from ..kernels.quantize import largest_code
 from ..qtensor import QTensor, rounded_bits
 from .base import InputCodes, LayerQuantizer, row_binary_codes
@@ -85,7 +86,7 @@ class A2QQuantizer(LayerQuantizer):
         super().set_extra_state(state)
         self.operand_ready = state["operand_ready"]
 
-    def linear(self, x: Tensor, weight: Tensor, protect: Tensor | None) -> Tensor:
+    def linear(self, x: Tensor | SparseFeatures, weight: Tensor, protect: Tensor | None) -> Tensor:
         if not self.enabled:
             return x @ weight.t()
         if x.size(0) != self.bits.numel():
@@ -93,21 +94,27 @@ class A2QQuantizer(LayerQuantizer):
                 f"this layer has steps for {self.bits.numel()} nodes and got {x.size(0)}; "
                 f"node-level A2Q is tied to its graph: convert with num_nodes={x.size(0)}"
             )
-        if self.see_input(x):
-            self._start(x, weight)
+        starts = self.see_input(x)
+        if starts:
+            self._start_weight(weight)
         weight_q = ops.fake_quantize(weight, self.log_weight_step.exp(), self.fixed_bits)
         if self.kind == "binary":
             return x @ weight_q.t()
+        assert isinstance(x, Tensor), "sparse features are always of the binary kind"
+        if starts:
+            self._start_input(x)
         return ops.quantized_linear(
             x, weight_q.t(), self.log_step.exp(), self.bits, signed=self.kind == "signed", ste=self.scheme.ste
         )
 
     @torch.no_grad()
-    def _start(self, x: Tensor, weight: Tensor) -> None:
+    def _start_weight(self, weight: Tensor) -> None:
         self.log_weight_step.copy_(steps_by_error(weight, self.fixed_bits, True).log())
-        if self.kind != "binary":
-            self.bits.copy_(bits_for_equal_steps(x, self.initial_bits))
-            self.log_step.copy_(steps_from_max(x, self.bits, self.kind == "signed").log())
+
+    @torch.no_grad()
+    def _start_input(self, x: Tensor) -> None:
+        self.bits.copy_(bits_for_equal_steps(x, self.initial_bits))
+        self.log_step.copy_(steps_from_max(x, self.bits, self.kind == "signed").log())
 
     def operand(self, h: Tensor, protect: Tensor | None) -> Tensor:
         if not self.enabled:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..features import SparseFeatures
 from ..graph import Graph
 from ..kernels.packing import bucket_rows, bucket_starts, container_of, containers_of, uniform_counts
 from ..qtensor import QTensor
@@ -68,8 +69,11 @@ class InputCodes:
     zero: int = 0
 
 
-def is_row_binary(x: Tensor) -> bool:
+def is_row_binary(x: Tensor | SparseFeatures) -> bool:
     """Whether every row of ``x`` holds only 0 and one positive constant, so that 1 bit a value and a step per row represent it exactly."""
+    if isinstance(x, SparseFeatures):
+        constants = x.row_constants()
+        return constants is not None and bool((constants >= 0).all()) and bool((constants > 0).any())
     top = x.amax(1, keepdim=True) if x.size(1) else x.new_zeros(x.size(0), 1)
     return bool(((x == 0) | (x == top)).all()) and bool((x >= 0).all()) and bool((top > 0).any())
 
@@ -111,18 +115,25 @@ class LayerQuantizer(nn.Module):
     def set_extra_state(self, state: dict[str, Any]) -> None:
         self.kind = state["kind"]
 
-    def see_input(self, x: Tensor) -> bool:
+    def see_input(self, x: Tensor | SparseFeatures) -> bool:
         """Finds ``kind`` from the first batch; returns whether this was it."""
         if self.kind != "new":
             return False
-        self.kind = "binary" if is_row_binary(x) else "signed" if bool((x < 0).any()) else "unsigned"
+        if is_row_binary(x):
+            self.kind = "binary"
+        elif isinstance(x, SparseFeatures):
+            raise ValueError(
+                "sparse features are quantized only where every row holds 0 and one constant; pass a dense x"
+            )
+        else:
+            self.kind = "signed" if bool((x < 0).any()) else "unsigned"
         return True
 
     def begin(self, graph: Graph | None) -> Tensor | None:
         """Called first in every forward pass. Returns the protective mask of the pass (bool ``[N]``), or None."""
         return None
 
-    def linear(self, x: Tensor, weight: Tensor, protect: Tensor | None) -> Tensor:
+    def linear(self, x: Tensor | SparseFeatures, weight: Tensor, protect: Tensor | None) -> Tensor:
         """``x @ weight.T`` on quantized values: ``x`` ``[N, in]``, ``weight`` ``[out, in]``."""
         raise NotImplementedError
 
