@@ -1,6 +1,7 @@
 """Backends under test, and uninitialised memory that shows."""
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -54,3 +55,23 @@ def threads():
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def citation_root():
+    """The folder with Cora and CiteSeer: QGNN_DATA, else the data that lies beside a checkout."""
+    from qgnn.data import _PLANETOID_FILES
+
+    folder = Path(os.environ.get("QGNN_DATA") or Path(__file__).parent / "../../shared/data").resolve()
+    wanted = [
+        folder / name / "raw" / f"ind.{name.lower()}.{part}"
+        for name in ("Cora", "CiteSeer")
+        for part in _PLANETOID_FILES
+    ]
+    missing = [str(path.relative_to(folder)) for path in wanted if not path.is_file()]
+    if missing:
+        message = f"wants {', '.join(missing)} in {folder}; set QGNN_DATA"
+        if os.environ.get("QGNN_REQUIRE_DATA") == "1":
+            pytest.fail(message)
+        pytest.skip(message)
+    return folder

@@ -1,7 +1,6 @@
 """Sizes, splits and distributions of the data sets, where they are looked for, and what is said when they are missing."""
 
 import math
-import os
 import shutil
 from pathlib import Path
 
@@ -11,33 +10,18 @@ import torch
 
 from qgnn.data import _PLANETOID_FILES, Dataset, _rmat_edges, load
 
-ROOT = Path(__file__).resolve().parent.parent
-
 
 def files_of(name: str) -> list[str]:
     return [f"ind.{name.lower()}.{part}" for part in _PLANETOID_FILES]
 
 
-@pytest.fixture(scope="module")
-def root() -> Path:
-    """The folder with Cora and CiteSeer."""
-    folder = Path(os.environ.get("QGNN_DATA") or ROOT / "../shared/data").resolve()
-    missing = [f for name in ("Cora", "CiteSeer") for f in files_of(name) if not (folder / name / "raw" / f).is_file()]
-    if missing:
-        message = f"wants {', '.join(missing)} in {folder}; set QGNN_DATA"
-        if os.environ.get("QGNN_REQUIRE_DATA") == "1":
-            pytest.fail(message)
-        pytest.skip(message)
-    return folder
-
-
 @pytest.fixture
-def own_root(root: Path, tmp_path: Path) -> Path:
+def own_root(citation_root: Path, tmp_path: Path) -> Path:
     """A root of its own with Cora's raw files."""
     folder = tmp_path / "root"
     (folder / "Cora" / "raw").mkdir(parents=True)
     for file in files_of("Cora"):
-        shutil.copyfile(root / "Cora" / "raw" / file, folder / "Cora" / "raw" / file)
+        shutil.copyfile(citation_root / "Cora" / "raw" / file, folder / "Cora" / "raw" / file)
     return folder
 
 
@@ -71,9 +55,9 @@ def listing(folder: Path) -> list[tuple[str, int, int]]:
     [("Cora", 2708, 10556, 1433, 7), ("CiteSeer", 3327, 9104, 3703, 6)],
 )
 def test_citation_networks_have_the_public_split(
-    root: Path, name: str, nodes: int, edges: int, features: int, classes: int
+    citation_root: Path, name: str, nodes: int, edges: int, features: int, classes: int
 ) -> None:
-    dataset = load(name, root)
+    dataset = load(name, citation_root)
     assert (dataset.name, dataset.family, dataset.num_classes) == (name, "citation", classes)
     assert dataset.data.x.shape == (nodes, features)
     assert dataset.data.x.dtype == torch.float32
@@ -85,8 +69,8 @@ def test_citation_networks_have_the_public_split(
 
 
 @pytest.mark.parametrize("name", ["cora", "CORA", " Cora "])
-def test_case_of_a_name_does_not_matter(root: Path, name: str) -> None:
-    assert load(name, root).name == "Cora"
+def test_case_of_a_name_does_not_matter(citation_root: Path, name: str) -> None:
+    assert load(name, citation_root).name == "Cora"
 
 
 @pytest.mark.parametrize("mode", [0o555, 0o755], ids=["read-only", "writable"])
@@ -146,12 +130,14 @@ def test_nothing_is_downloaded_into_a_read_only_root(tmp_path: Path) -> None:
         tmp_path.chmod(0o755)
 
 
-def test_missing_files_are_downloaded_by_pyg(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_files_are_downloaded_by_pyg(
+    citation_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from torch_geometric.datasets import Planetoid
 
     def download(self: Planetoid) -> None:
         for file in self.raw_file_names:
-            shutil.copyfile(root / self.name / "raw" / file, Path(self.raw_dir) / file)
+            shutil.copyfile(citation_root / self.name / "raw" / file, Path(self.raw_dir) / file)
 
     monkeypatch.setattr(Planetoid, "download", download)
     assert split_sizes(load("Cora", tmp_path / "new")) == [140, 500, 1000]
