@@ -13,7 +13,8 @@ import torch
 
 from .. import __version__
 from ..data import load
-from .kernels import Row, aggregation, product
+from . import kernels
+from .kernels import Row
 from .train_step import train_steps
 
 COLUMNS = (
@@ -87,9 +88,9 @@ def main(arguments: list[str] | None = None) -> int:
     rows: list[Row] = []
     if options.suite in ("kernels", "all"):
         for graph in options.graphs.split():
-            rows += aggregation(graph, options.features, device, options.rounds)
-        rows += product(2708, 1433, 16, device, options.rounds)
-        rows += product(169343, 128, 128, device, options.rounds)
+            rows += kernels.aggregation(graph, options.features, device, options.rounds)
+        for shape in kernels.PRODUCTS:
+            rows += kernels.product(*shape, device, options.rounds)
     if options.suite in ("train-step", "all"):
         dataset = load(options.dataset)
         for timings in train_steps(

@@ -23,6 +23,9 @@ from ..graph import Graph
 from ..qtensor import QTensor
 from .timing import Timing, paired
 
+PRODUCTS = ((2708, 1433, 16), (169343, 128, 128))
+"""Shapes ``(n, k, m)`` of the products: Cora's first layer, and ogbn-arxiv's."""
+
 
 @dataclass(frozen=True)
 class Row:

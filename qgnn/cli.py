@@ -118,7 +118,7 @@ _ROWS = (
     ("bytes of the feature maps", "packed_bytes", ",.0f"),
     ("bytes of the feature maps at FP32", "fp32_bytes", ",.0f"),
     ("ms a training step", "train_step_ms", ".2f"),
-    ("bytes kept for backward", "peak_memory_bytes", ",.0f"),
+    ("peak memory of a step, bytes", "peak_memory_bytes", ",.0f"),
 )
 
 
@@ -177,6 +177,7 @@ def train(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Another number in the recipe, such as distill=0; repeatable."),
     ] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     json_to: JsonOption = None,
     out: Annotated[
         Path | None, typer.Option(help="Keep results and checkpoints here; the same command resumes.")
@@ -219,7 +220,7 @@ def train(
                     checkpoint = None if out is None else out / "checkpoints" / f"{place}_seed{running}.pt"
                     try:
                         run = run_training(
-                            loaded, model, scheme, running, recipe=recipe, checkpoint=checkpoint,
+                            loaded, model, scheme, running, recipe=recipe, device=device, checkpoint=checkpoint,
                             progress=partial(show, what),
                         )  # fmt: skip
                     except TrainingError as error:

@@ -17,7 +17,7 @@ compression                 bits of the feature maps at FP32 over their bits as 
 compression_with_steps      the same, the 32-bit steps counted too
 packed_bytes, fp32_bytes    bytes of the feature maps, as quantized and at FP32
 train_step_ms               time of a training step
-peak_memory_bytes           memory that the forward pass of a training step keeps for backward; parameters not counted
+peak_memory_bytes           on a CPU what a training step keeps for backward, parameters not counted; on a GPU the allocator's peak
 recipe                      settings of the run (:class:`qgnn.recipes.Recipe`)
 ==========================  ======================================================================================================
 """

@@ -161,14 +161,22 @@ class Trainer:
             self.end_warmup()
         started = time.perf_counter()
         if epoch == self.total - 1:
-            with _SavedBytes(self.model) as kept:
-                self.step(epoch)
-            self.progress.peak_memory_bytes = kept.bytes
+            self.progress.peak_memory_bytes = self._measured_step(epoch)
         else:
             self.step(epoch)
             if epoch >= self.warmup:
                 self.progress.step_ms.append((time.perf_counter() - started) * 1e3)
         self._evaluate(epoch)
+
+    def _measured_step(self, epoch: int) -> int:
+        """A training step; returns the allocator's peak on a GPU, and on a CPU the bytes that are kept for backward."""
+        if self.x.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.x.device)
+            self.step(epoch)
+            return torch.cuda.max_memory_allocated(self.x.device)
+        with _SavedBytes(self.model) as kept:
+            self.step(epoch)
+        return kept.bytes
 
     def step(self, epoch: int) -> None:
         """One training step: forward, backward, optimizer.
@@ -273,6 +281,7 @@ class Trainer:
             "progress": asdict(self.progress),
             "teacher": self.teacher,
             "rng": torch.get_rng_state(),
+            "rng_gpu": torch.cuda.get_rng_state(self.x.device) if self.x.device.type == "cuda" else None,
         }
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
@@ -285,7 +294,7 @@ class Trainer:
 
     def _resume(self, path: Path) -> None:
         try:
-            state = torch.load(path, weights_only=True)
+            state = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # whatever a damaged file provokes in the reader
             raise ValueError(
                 f"checkpoint {path} cannot be read, it is damaged or of another program; delete it to start over"
@@ -296,10 +305,12 @@ class Trainer:
         if state["warm"]:
             self._begin_main()
         self.optimizer.load_state_dict(state["optimizer"])
-        self.teacher = state["teacher"]
+        self.teacher = None if state["teacher"] is None else state["teacher"].to(self.x.device)
         progress = state["progress"]
         self.progress = _Progress(**{**progress, "best": _best(progress["best"]), "warm": _best(progress["warm"])})
         torch.set_rng_state(state["rng"])
+        if state["rng_gpu"] is not None and self.x.device.type == "cuda":
+            torch.cuda.set_rng_state(state["rng_gpu"], self.x.device)
         _log.info("resumed %s after epoch %d", path, self.progress.epoch)
 
 
@@ -337,6 +348,7 @@ def train(
     seed: int,
     *,
     recipe: Recipe | None = None,
+    device: str = "cpu",
     checkpoint: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Run:
@@ -348,6 +360,7 @@ def train(
         scheme: a scheme name (:mod:`qgnn.quant.scheme`).
         seed: of weights, dropout and masks; the same seed gives the same run on the same machine.
         recipe: the settings; by default those of the scheme and the data set's family (:func:`qgnn.recipes.recipe_for`).
+        device: "cpu" or "cuda".
         checkpoint: file to resume from and to write to.
         progress: called with (epochs done, epochs in all).
 
@@ -357,9 +370,11 @@ def train(
     """
     parsed = quant.parse(scheme)
     recipe = recipe or recipe_for(model, parsed, dataset)
-    data = prepare(dataset, recipe)
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {device!r} was asked for, but torch sees no GPU here; qgnn info shows what there is")
+    data = copy.copy(prepare(dataset, recipe)).to(device)
     torch.manual_seed(seed)
-    network = build(parsed, dataset, recipe)
+    network = build(parsed, dataset, recipe).to(device)
     trainer = Trainer(network, data, recipe)
     trainer.run(checkpoint, progress)
     return Run(_record(trainer, dataset, model, parsed, seed), network, data)
