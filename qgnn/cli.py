@@ -166,7 +166,9 @@ def train(
         str, typer.Option(help="Cora, CiteSeer, PubMed, digits, powerlaw:N,E or rmat:SCALE,EDGEFACTOR.")
     ],
     model: Annotated[str, typer.Option(help="gcn.")] = "gcn",
-    scheme: Annotated[str, typer.Option(help="fp32, int8, int4, dq-int8, dq-int4 or a2q.")] = "a2q",
+    scheme: Annotated[
+        str, typer.Option(help="fp32, int8, int4, nqat-int8, nqat-int4, dq-int8, dq-int4 or a2q.")
+    ] = "a2q",
     seeds: Annotated[int, typer.Option(metavar="K", min=1, help="Seeds 0 to K-1, one run each.")] = 1,
     data_root: Annotated[
         Path | None, typer.Option(help="Folder of the data sets; else QGNN_DATA, else ./data.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from .quant import Scheme
@@ -34,7 +34,6 @@ class Recipe:
         penalty: factor of the memory penalty (A2Q eq. 6), which squares the excess over ``target_bits``, in KB.
         target_bits: mean width at which the penalty starts.
         bits_limit: epochs with a larger mean width are not the best, unless all have one.
-        scheme: fields of the scheme that this recipe sets.
     """
 
     warmup: int
@@ -57,7 +56,6 @@ class Recipe:
     penalty: float = 0.0
     target_bits: float = 0.0
     bits_limit: float = 8.0
-    scheme: dict[str, Any] = field(default_factory=dict)
 
     def changed(
         self, epochs: int | None = None, hidden: int | None = None, settings: Mapping[str, str] | None = None
@@ -98,9 +96,6 @@ _FP32 = Recipe(
     warmup=150, epochs=100, hidden=32, normalize_features=True, input_dropout=0.8, warmup_dropout=0.5, dropout=0.0, warmup_lr=0.01, lr=0.005,
     weight_decay=1e-3, distill=10.0,
 )  # fmt: skip
-# - Ranges: 4 bits need percentiles; validation at 4 bits: extremes with minmax 42, with momentum 76; 0.1 % clipped 82.3, 1 % clipped 82.7.
-_INT8 = replace(_FP32, scheme={"percentile": 0.001})
-_INT4 = replace(_FP32, scheme={"percentile": 0.01})
 # - Hidden dropout is low once steps learn, since they fit the values that dropout scales up: validation 80.1 with 0.5, 82.3 with 0.2.
 # - Eq. 5 counts real widths, and rounded ones gather above them; so the target lies below the limit and widths stop learning at 30 %.
 # - 1.65 bits at the start lets the 1.75 of the paper's table be the limit on Cora; CiteSeer's is 1.90.
@@ -114,28 +109,25 @@ _DIGITS: dict[str, Any] = {"input_dropout": 0.2, "warmup_dropout": 0.3, "normali
 
 RECIPES: dict[tuple[str, str, str], Recipe] = {
     ("gcn", "fp32", "citation"): _FP32,
-    ("gcn", "int8", "citation"): _INT8,
-    ("gcn", "int4", "citation"): _INT4,
     ("gcn", "qat", "citation"): _FP32,
-    ("gcn", "dq-int8", "citation"): _INT8,
-    ("gcn", "dq-int4", "citation"): _INT4,
+    ("gcn", "dq", "citation"): _FP32,
     ("gcn", "a2q", "citation"): _A2Q,
     ("gcn", "a2q", "CiteSeer"): replace(_A2Q, initial_bits=1.75, target_bits=1.6, bits_limit=1.9),
     ("gcn", "fp32", "digits"): replace(_FP32, **_DIGITS),
-    ("gcn", "int8", "digits"): replace(_INT8, **_DIGITS),
-    ("gcn", "int4", "digits"): replace(_INT4, **_DIGITS),
     ("gcn", "qat", "digits"): replace(_FP32, **_DIGITS),
-    ("gcn", "dq-int8", "digits"): replace(_INT8, **_DIGITS),
-    ("gcn", "dq-int4", "digits"): replace(_INT4, **_DIGITS),
+    ("gcn", "dq", "digits"): replace(_FP32, **_DIGITS),
     ("gcn", "a2q", "digits"): replace(_A2Q, **_DIGITS, initial_bits=2.0, target_bits=1.9, bits_limit=2.25),
 }
-"""By (model, name or method of the scheme, data set or its family). "qat" holds for the named variants, "int4-ste-minmax" and so on."""
+"""By (model, method of the scheme, data set or its family)."""
 
 
 def recipe_for(model: str, scheme: Scheme, dataset: Dataset) -> Recipe:
-    """The recipe of a data set, else of its family, else of the citation networks; of the scheme's name, else of its method."""
+    """The recipe of a data set, else of its family, else of the citation networks.
+
+    Raises:
+        ValueError: there is no such model.
+    """
     for place in (dataset.name, dataset.family, "citation"):
-        for name in (scheme.name, scheme.method):
-            if (model, name, place) in RECIPES:
-                return RECIPES[model, name, place]
+        if (model, scheme.method, place) in RECIPES:
+            return RECIPES[model, scheme.method, place]
     raise ValueError(f"there is no model {model!r}; choose one of {', '.join(sorted({m for m, _, _ in RECIPES}))}")

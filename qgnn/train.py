@@ -9,7 +9,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -390,7 +390,7 @@ def build(scheme: quant.Scheme, dataset: Dataset, recipe: Recipe) -> nn.Module:
         dataset.num_classes,
         dropout=recipe.warmup_dropout,
         input_dropout=recipe.input_dropout,
-        scheme=replace(scheme, **recipe.scheme),
+        scheme=scheme,
         num_nodes=x.size(0),
     )
 

@@ -61,7 +61,7 @@ def test_named_schemes():
 
 def test_scheme_suffixes():
     scheme = parse("int4-ste-minmax-percentile")
-    assert scheme == Scheme("int4-ste-minmax-percentile", "qat", 4, observer="minmax", percentile=0.001, ste="pass")
+    assert scheme == Scheme("int4-ste-minmax-percentile", "qat", 4, observer="minmax", percentile=0.01, ste="pass")
     scheme = parse("int8-clip-momentum-extremes")
     assert (scheme.bits, scheme.ste, scheme.observer, scheme.percentile) == (8, "clip", "momentum", 0.0)
 
@@ -71,7 +71,8 @@ def test_scheme_suffixes():
 )
 def test_unknown_schemes_say_what_there_is(name):
     with pytest.raises(
-        ValueError, match=f"there is no scheme '{name}'; choose one of fp32, int8, int4, dq-int8, dq-int4, a2q"
+        ValueError,
+        match=f"there is no scheme '{name}'; choose one of fp32, int8, int4, nqat-int8, nqat-int4, dq-int8, dq-int4, a2q",
     ):
         parse(name)
 
@@ -462,3 +463,19 @@ def test_widths_of_a2q_maps_are_rounded():
     assert maps["second.input"].learned
     assert maps["second.operand"].bits == 4
     assert math.isclose(maps["second.input"].mean_bits(), 3.0)
+
+
+def test_nqat_keeps_elements_of_the_weight_at_random_in_training_only() -> None:
+    """With noise 0.5 about half of the elements stay as they are: 4,096 draws, so 0.5 within six standard deviations of 1/128 each."""
+    torch.manual_seed(0)
+    layer = QATQuantizer(64, 64, parse("nqat-int4"))
+    weight, eye = torch.randn(64, 64), torch.eye(64)
+    layer.see_input(torch.rand(3, 64))
+    layer.kind = "binary"  # the input passes as it is, so the product with the identity is the weight
+    first, second = layer.linear(eye, weight, None), layer.linear(eye, weight, None)
+    kept = (first == weight.t()).float().mean()
+    assert abs(float(kept) - 0.5) < 6 / 128
+    assert not torch.equal(first, second), "drawn anew in every step"
+    layer.eval()
+    codes = layer.weight_codes(weight)
+    assert torch.equal(layer.linear(eye, weight, None), codes.dequantize().t())

@@ -100,8 +100,15 @@ class QATQuantizer(LayerQuantizer):
         if not self.enabled:
             return x @ weight.t()
         self.see_input(x)
-        weight_q = self.weight(weight).t()
+        weight_q = self._weight(weight).t()
         return x @ weight_q if self.kind == "binary" else self.input(x, protect) @ weight_q
+
+    def _weight(self, weight: Tensor) -> Tensor:
+        """The quantized weight; with noise, each element stays as it is with that probability, drawn anew in every training step (DQ app. A.3)."""
+        quantized: Tensor = self.weight(weight)
+        if not (self.training and self.scheme.noise):
+            return quantized
+        return torch.where(torch.rand_like(weight) < self.scheme.noise, weight, quantized)
 
     def operand(self, h: Tensor, protect: Tensor | None) -> Tensor:
         return self.message(h, protect) if self.enabled else h
