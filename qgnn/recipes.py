@@ -25,7 +25,7 @@ class Recipe:
         input_dropout: dropout of the features.
         warmup_dropout, dropout: dropout of the hidden map in the two phases.
         warmup_lr, lr: Adam's learning rate of the weights in the two phases.
-        weight_decay: L2 penalty of the first layer; the others have none.
+        weight_decay: L2 penalty of weights and biases.
         lr_bits, lr_step, lr_weight_step, lr_operand_step: learning rates of widths, and of the logarithms of the steps of features, weights and
             operands.
         distill: weight of the cross entropy of all nodes against the predictions that the best warm-up weights make. These are computed once.

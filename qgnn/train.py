@@ -97,26 +97,26 @@ def training_features(x: Tensor | None) -> Tensor | SparseFeatures:
 
 
 def parameter_groups(model: nn.Module, recipe: Recipe, lr: float) -> list[dict[str, Any]]:
-    """Parameters by kind, each with its learning rate: weights of the first layer, other weights, widths, and steps of features, weights
-    and operands."""
+    """Parameters by kind, each with its learning rate: weights and biases, widths, and steps of features, weights and operands."""
     rates = {
         "bits": recipe.lr_bits,
         "log_step": recipe.lr_step,
         "log_weight_step": recipe.lr_weight_step,
         "log_operand_step": recipe.lr_operand_step,
     }
-    groups: dict[str, dict[str, Any]] = {}
-    first = next(iter(dict(model.named_parameters())), "").rsplit(".", 2)[0]
+    kinds: dict[str, list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
-        kind = name.rsplit(".", 1)[-1]
-        if ".quantizer." in f".{name}":
-            settings = {"lr": rates[kind], "weight_decay": 0.0}
-        else:
-            is_first = name.startswith(".".join(first.split(".")[:2]))
-            kind = "first" if is_first else "other"
-            settings = {"lr": lr, "weight_decay": recipe.weight_decay if is_first else 0.0}
-        groups.setdefault(kind, {"params": [], "kind": kind, **settings})["params"].append(parameter)
-    return list(groups.values())
+        kind = name.rsplit(".", 1)[-1] if ".quantizer." in f".{name}" else "weights"
+        kinds.setdefault(kind, []).append(parameter)
+    return [
+        {
+            "kind": kind,
+            "params": params,
+            "lr": rates.get(kind, lr),
+            "weight_decay": 0.0 if kind in rates else recipe.weight_decay,
+        }
+        for kind, params in kinds.items()
+    ]
 
 
 class Trainer:
@@ -211,9 +211,8 @@ class Trainer:
         return loss
 
     def end_warmup(self) -> None:
-        """Restores the best warm-up weights, keeps their predictions as the teacher's, starts a new optimizer, switches the quantizers on
-        and lets them
-        take their steps and ranges from the whole graph."""
+        """Restores the best warm-up weights, keeps their predictions as the teacher's, starts a new optimizer, switches the quantizers on,
+        and lets them take their steps and ranges from the whole graph."""
         if self.progress.warm.key is not None:
             self.model.load_state_dict(self.progress.warm.state)
             if self.recipe.distill:
@@ -238,7 +237,7 @@ class Trainer:
     def _evaluate(self, epoch: int) -> None:
         data, progress = self.data, self.progress
         out = self._forward_eval()
-        right = (out.argmax(1) == data.y).float()
+        right = (out.argmax(1) == data.y).double()
         val_acc, test_acc = (float(right[mask].mean()) * 100 for mask in (data.val_mask, data.test_mask))
         loss = float(F.cross_entropy(out[data.val_mask], data.y[data.val_mask]))
         excess = max(self.average_bits() - self.recipe.bits_limit, 0.0) if epoch >= self.warmup else 0.0
