@@ -17,9 +17,9 @@ from .quantize import compute_dtype
 def affine_codes_reference(x: Tensor, scale: Tensor, zero: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """Codes (int32, 0 to ``2^bits - 1``) and the mask of values outside the range (bool), shaped like ``x``."""
     x = x.to(compute_dtype(x))
-    shifted = torch.round(x / scale.to(x.dtype)) + zero
-    top = float((1 << bits) - 1)
-    return shifted.clamp(0.0, top).to(torch.int32), (shifted < 0) | (shifted > top)
+    steps, top = x / scale.to(x.dtype), float((1 << bits) - 1)
+    codes = (torch.round(steps) + zero).clamp(0.0, top).to(torch.int32)
+    return codes, (steps < -zero) | (steps > top - zero)
 
 
 def fake_quantize_affine_reference(
@@ -39,7 +39,8 @@ def fake_quantize_affine(
     x: Tensor, scale: Tensor, zero: Tensor, bits: int, protect: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """``scale * (code - zero)`` in the dtype of ``x`` ``[N, F]``, and one bit per element (uint8 ``[N, ceil(F / 8)]``) that is set where the
-    rounded value lies outside the codes. Rows with ``protect`` (bool ``[N]``) set are copied and count as inside. NaN stays NaN."""
+    value lies outside ``scale * (0 - zero)`` to ``scale * (2^bits - 1 - zero)``.
+    Rows with ``protect`` (bool ``[N]``) set are copied and count as inside. NaN stays NaN."""
     return implementation("affine", "fake_quantize_affine", fake_quantize_affine_reference, x)(
         x, scale, zero, bits, protect
     )

@@ -12,7 +12,7 @@ from .graph import Graph
 from .kernels.affine import fake_quantize_affine
 from .kernels.aggregate import aggregate, aggregate_arg_backward, edge_dot
 from .kernels.matmul import matmul_transposed
-from .kernels.packing import uniform_counts
+from .kernels.packing import pack_bits_reference, uniform_counts
 from .kernels.quantize import dequantize, fake_quantize, fake_quantize_backward, mask_clipped, quantize
 
 TRAINING_CONTAINER = 8
@@ -107,6 +107,23 @@ class QuantizedLinear(torch.autograd.Function):
                 data, None, ctx.counts, ctx.signed, 0, ctx.features, step, grad.contiguous()
             )
         return grad_x, grad_step, grad_bits.to(ctx.dtype), None, grad_weight, None, None
+
+
+class ReluDropout(torch.autograd.Function):
+    """``dropout(relu(x))``; keeps one bit per element, where torch keeps the output of the one and the mask of the other."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, p: float) -> Tensor:
+        factor = torch.ones_like(x) if p == 0 else torch.empty_like(x).bernoulli_(1 - p).div_(1 - p)
+        out = torch.relu(x) * factor
+        ctx.scale = 1 / (1 - p)
+        ctx.save_for_backward(pack_bits_reference(~((x > 0) & (factor > 0))))
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return mask_clipped(grad.contiguous(), *ctx.saved_tensors) * ctx.scale, None
 
 
 class Aggregate(torch.autograd.Function):

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import re
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 
@@ -18,6 +20,9 @@ if TYPE_CHECKING:
     import pandas as pd
     from rich.console import Console
     from rich.table import Table
+
+    from .integer import FreezeReport
+    from .train import Run
 
 # torch takes seconds to import, so that every command imports what it needs by itself: --help is quick.
 
@@ -29,12 +34,19 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+# click's base class of errors; newer typer carries a click of its own
+_UsageProblem: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
+
 JsonOption = Annotated[str | None, typer.Option("--json", metavar="F", help="Write JSON to this file; - is stdout.")]
 
 
 def main() -> None:
-    """Entry point of ``qgnn``."""
-    app()
+    """Entry point of ``qgnn``: bad usage is one line on stderr, too."""
+    try:
+        sys.exit(app(standalone_mode=False))
+    except _UsageProblem as error:
+        typer.echo(f"qgnn: {' '.join(error.format_message().split())}", err=True)
+        sys.exit(error.exit_code)
 
 
 def _stop(message: object, code: int) -> NoReturn:
@@ -89,8 +101,11 @@ class _JsonLines:
 
     def __init__(self, target: str | None) -> None:
         self.target, self.started = target, False
-        if target not in (None, "-") and not Path(target).absolute().parent.is_dir():
-            raise ValueError(f"--json {target}: the folder does not exist; make it first")
+        if target is not None and target != "-":
+            if Path(target).is_dir():
+                raise ValueError(f"--json {target} is a folder; name a file")
+            if not Path(target).absolute().parent.is_dir():
+                raise ValueError(f"--json {target}: the folder does not exist; make it first")
 
     def write(self, record: dict[str, Any]) -> None:
         from .results import append, dumps
@@ -119,6 +134,10 @@ _ROWS = (
     ("bytes of the feature maps at FP32", "fp32_bytes", ",.0f"),
     ("ms a training step", "train_step_ms", ".2f"),
     ("peak memory of a step, bytes", "peak_memory_bytes", ",.0f"),
+    ("integer model: test accuracy, %", "integer_test_acc", ".2f"),
+    ("integer model: nodes predicted otherwise", "integer_mismatches", ".0f"),
+    ("integer model: codes that ties decide", "integer_ties", ".0f"),
+    ("integer model: largest relative difference", "integer_max_relative", ".1e"),
 )
 
 
@@ -141,9 +160,46 @@ def _table(summary: pd.DataFrame) -> Table:
     return table
 
 
+def _integer_table(report: FreezeReport, seed: int) -> Table:
+    """Bytes of the integer model, layer by layer, beside FP32."""
+    from rich.table import Table
+
+    table = Table("bytes", "packed", "FP32", title=f"integer model of seed {seed}", title_justify="left")
+    for layer in report.layers:
+        table.add_row(
+            f"{layer.name}: input, {layer.average_bits:.2f} bits",
+            f"{layer.code_bytes:,}",
+            f"{layer.input_fp32_bytes:,}",
+        )
+        table.add_row(f"{layer.name}: steps, widths and places of its rows", f"{layer.step_bytes:,}", "")
+        if layer.kind == "gcn":
+            table.add_row(
+                f"{layer.name}: operand of the aggregation", f"{layer.operand_bytes:,}", f"{layer.operand_fp32_bytes:,}"
+            )
+        table.add_row(f"{layer.name}: weight", f"{layer.weight_bytes:,}", f"{layer.weight_fp32_bytes:,}")
+        table.add_row(f"{layer.name}: steps of the weight", f"{layer.weight_step_bytes:,}", "")
+    table.columns[1].justify = table.columns[2].justify = "right"
+    return table
+
+
+@contextmanager
+def _alone(out: Path | None) -> Iterator[None]:
+    """Keeps a second ``qgnn train`` out of the same folder, where it would repeat the same seeds."""
+    if out is None:
+        yield
+        return
+    with (out / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another qgnn train is running in {out}; wait for it or choose another --out") from None
+        yield
+
+
 def _folder(path: Path) -> Path:
     try:
-        (path / "checkpoints").mkdir(parents=True, exist_ok=True)
+        for name in ("checkpoints", "models"):
+            (path / name).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"--out {path}: the folder cannot be made ({error.strerror})") from error
     return path
@@ -179,7 +235,7 @@ def train(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Another number in the recipe, such as distill=0; repeatable."),
     ] = None,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Where to train.")] = "cpu",
     json_to: JsonOption = None,
     out: Annotated[
         Path | None, typer.Option(help="Keep results and checkpoints here; the same command resumes.")
@@ -200,6 +256,7 @@ def train(
         from .quant.scheme import parse
         from .recipes import recipe_for
         from .results import append, read, summary
+        from .serialize import save
         from .train import TrainingError
         from .train import train as run_training
 
@@ -213,8 +270,9 @@ def train(
         results = None if out is None else _folder(out) / "results.jsonl"
         earlier = [] if results is None else read(results)
         finished = {r.get("seed"): r for r in earlier if all(r.get(k) == v for k, v in identity.items())}
-        records = []
-        with _progress() as show:
+        records: list[dict[str, Any]] = []
+        run: Run | None = None
+        with _alone(out), _progress() as show:
             for running in range(seeds):
                 record = finished.get(running)
                 if record is None:
@@ -228,11 +286,16 @@ def train(
                     except TrainingError as error:
                         _stop(error, 1)
                     record = run.record
+                    if run.frozen is not None and out is not None:
+                        save(run.frozen, out / "models" / f"{place}_seed{running}.safetensors")
                     if results is not None:
                         append(results, record)
                 lines.write(record)
                 records.append(record)
-        _console(json_to).print(_table(summary(records)))
+        console = _console(json_to)
+        console.print(_table(summary(records)))
+        if run is not None and run.frozen is not None and run.frozen.report is not None:
+            console.print(_integer_table(run.frozen.report, running))
 
 
 # info

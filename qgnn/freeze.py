@@ -14,7 +14,7 @@ from .graph import Graph
 from .integer import FreezeReport, InputCoding, IntegerLayer, IntegerModel, LayerReport, LayerSpec
 from .kernels.packing import bucket_starts, container_of, uniform_counts, unpack_reference
 from .nn import GCNConv, Linear
-from .qtensor import QTensor
+from .qtensor import QTensor, check_values
 
 if TYPE_CHECKING:
     from torch_geometric.data import Data
@@ -146,6 +146,9 @@ def _frozen_layer(layer: GCNConv | Linear, name: str, x: Tensor, relu: bool) -> 
         tensors |= {"input_step": codes.step.contiguous(), "input_bits": codes.bits.contiguous()}
     if layer.bias is not None:
         tensors["bias"] = layer.bias.detach().float().clone()
+        bad = ~torch.isfinite(tensors["bias"])
+        if bool(bad.any()):
+            raise ValueError(f"layer {name}: bias[{int(bad.nonzero()[0, 0])}] is not finite")
     operand_container, normalize, add_self_loops = 8, False, False
     if isinstance(layer, GCNConv):
         step, bits = quantizer.operand_codes()
@@ -157,7 +160,7 @@ def _frozen_layer(layer: GCNConv | Linear, name: str, x: Tensor, relu: bool) -> 
         )
     spec = LayerSpec(
         name, "gcn" if isinstance(layer, GCNConv) else "linear", layer.in_channels, layer.out_channels, weight.container, operand_container, coding,
-        codes.signed, codes.zero, relu, normalize, add_self_loops,
+        codes.signed, relu, normalize, add_self_loops,
     )  # fmt: skip
     return IntegerLayer(spec, tensors)
 
@@ -167,8 +170,7 @@ def freeze(model: nn.Module, data: Data) -> IntegerModel:
 
     Args:
         model: what :func:`qgnn.convert` made, trained; its ``forward(x, edge_index)`` is a chain of GCNConv, Linear, ReLU and dropout, and
-        may end in a
-            softmax. It is not changed.
+            may end in a softmax. It is not changed.
         data: PyG data with ``x`` and ``edge_index``; they stay bound, so that ``frozen()`` runs on them. Steps and widths per node belong to them.
 
     Returns:
@@ -178,11 +180,12 @@ def freeze(model: nn.Module, data: Data) -> IntegerModel:
         ValueError: a layer that is not quantized or has seen no data, a function that integers cannot run, edge weights, skip connections,
         NaN or infinity.
     """
-    x, edge_index = data.x, data.edge_index
+    x, edge_index = getattr(data, "x", None), getattr(data, "edge_index", None)
     if not isinstance(x, Tensor) or not isinstance(edge_index, Tensor | Graph):
         raise ValueError("freeze needs data with x and edge_index")
     if getattr(data, "edge_weight", None) is not None:
         raise ValueError("data has edge weights; integer sums have none")
+    check_values(x, torch.ones(1, device=x.device))
     recorder, reference = _record(model, x, edge_index)
     layers: list[IntegerLayer] = []
     tail: list[str] = []

@@ -27,6 +27,8 @@ def _check_integers(name: str, value: Tensor, dim: int) -> None:
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
     if value.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{name} must be int32 or int64, got {value.dtype}; convert it with .long()")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got {value.layout}")
     if value.dim() != dim:
         raise ValueError(f"{name} must have {dim} dimension(s), got shape {tuple(value.shape)}")
 
@@ -85,6 +87,9 @@ class Graph:
         edges = edge_index.size(1)
         if num_nodes is None:
             num_nodes = int(edge_index.max()) + 1 if edges else 0
+        counts_given = num_nodes if isinstance(num_nodes, tuple) else (num_nodes, num_nodes)
+        if len(counts_given) != 2 or not all(isinstance(n, int) and n >= 0 for n in counts_given):
+            raise ValueError(f"num_nodes must be a count, or (sources, destinations), got {num_nodes!r}")
         sources, nodes = num_nodes if isinstance(num_nodes, tuple) else (num_nodes, num_nodes)
         for name, row, limit in (("source", edge_index[0], sources), ("destination", edge_index[1], nodes)):
             bad = (row < 0) | (row >= limit)

@@ -12,11 +12,10 @@ from torch import Tensor, nn
 
 from . import ops
 from .graph import Graph
-from .kernels.affine import affine_codes_reference
 from .kernels.aggregate import aggregate_packed
 from .kernels.matmul import matmul_packed
-from .kernels.packing import bucket_rows, container_of, containers_of, pack_reference, uniform_counts
-from .qtensor import QTensor, check_values
+from .kernels.packing import bucket_rows, container_of, containers_of, uniform_counts
+from .qtensor import QTensor
 from .quant.base import row_binary_codes
 
 TAIL_FUNCTIONS = {"log_softmax": lambda x: torch.log_softmax(x, -1), "softmax": lambda x: torch.softmax(x, -1)}
@@ -36,8 +35,8 @@ class LayerSpec:
         in_channels, out_channels: sizes.
         weight_container, operand_container: bits of one code of the weight and of the operand of the aggregation, 4 or 8.
         coding: of the input: "binary", rows of 0 and one constant, in 1 bit with that constant as step; "node", a step and width per node (A2Q);
-            "tensor", one affine quantizer for all.
-        signed, zero: the codes of the input.
+            "tensor", one step for all.
+        signed: whether the codes of the input have a sign.
         relu: applied to the output.
         normalize, add_self_loops: of the graph convolution.
     """
@@ -50,7 +49,6 @@ class LayerSpec:
     operand_container: int
     coding: InputCoding
     signed: bool
-    zero: int
     relu: bool
     normalize: bool
     add_self_loops: bool
@@ -148,23 +146,14 @@ class IntegerLayer(nn.Module):
         if rows is None:
             codes = row_binary_codes(x)
             return QTensor.quantize(x, codes.step, codes.bits.float(), signed=False)
-        if self.spec.coding == "node":
-            return QTensor.quantize(
-                x if self.spec.signed else x.clamp_min(0), rows.step, rows.bits.float(), signed=self.spec.signed
-            )
-        assert self.input_step is not None and self.input_bits is not None
-        check_values(x, self.input_step)
-        zero = torch.tensor(self.spec.zero, dtype=torch.int32, device=x.device)
-        codes_, _ = affine_codes_reference(x, self.input_step, zero, int(self.input_bits))
-        data = pack_reference(codes_, rows.pos, rows.counts)
-        return QTensor(
-            data, rows.step, rows.bits, "row", False, x.size(1), tuple(rows.counts), rows.pos, self.spec.zero
+        return QTensor.quantize(
+            x if self.spec.signed else x.clamp_min(0), rows.step, rows.bits.float(), signed=self.spec.signed
         )
 
     @property
     def fuses(self) -> bool:
         """Whether the layer before can write this layer's codes in its epilogue."""
-        return self.spec.coding != "binary" and self.spec.zero == 0
+        return self.spec.coding != "binary"
 
     def scale(self, x: QTensor, place: _Place) -> Tensor:
         """The factor of every row of the product: the step of the input, times ``D^-1/2`` where the layer normalises."""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from .features import SparseFeatures, dropout
 from .graph import Graph
 from .nn import GCNConv
+from .ops import relu_dropout
 from .quant import Scheme
 
 
@@ -50,5 +50,5 @@ class GCN(torch.nn.Module):
         first, *rest = self.convs
         h: Tensor = first(dropout(x, self.input_dropout, self.training), edge_index)
         for conv in rest:
-            h = conv(F.dropout(F.relu(h), self.dropout, self.training), edge_index)
+            h = conv(relu_dropout(h, self.dropout, self.training), edge_index)
         return h

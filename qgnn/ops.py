@@ -14,7 +14,7 @@ from .kernels.aggregate import REDUCTIONS, aggregate_packed, aggregate_rows
 from .kernels.matmul import matmul_packed
 from .qtensor import Axis, QTensor, check_parameters, check_values
 
-__all__ = ["aggregate", "fake_quantize", "fake_quantize_affine", "matmul", "quantized_linear"]
+__all__ = ["aggregate", "fake_quantize", "fake_quantize_affine", "matmul", "quantized_linear", "relu_dropout"]
 
 _INT32_LIMIT = 2**31
 
@@ -135,6 +135,19 @@ def quantized_linear(
     return autograd.QuantizedLinear.apply(x, steps, _along(bits, steps), widths, weight, signed, ste == "clip")
 
 
+def relu_dropout(x: Tensor, p: float, training: bool) -> Tensor:
+    """``torch.nn.functional.dropout(relu(x), p, training)``, keeping one bit per element for backward.
+
+    Args:
+        x: ``[N, F]`` floats.
+        p: chance that an element is set to zero, below 1.
+        training: without it, the plain ReLU.
+    """
+    if not 0 <= p < 1:
+        raise ValueError(f"p must be in [0, 1), got {p}")
+    return autograd.ReluDropout.apply(x, p) if training else torch.relu(x)
+
+
 def aggregate(
     g: Graph,
     x: Tensor | QTensor,
@@ -161,6 +174,8 @@ def aggregate(
         raise TypeError(
             f"g must be a qgnn.Graph, got {type(g).__name__}; make one with Graph.from_edge_index(edge_index, num_nodes)"
         )
+    if isinstance(x, Tensor) and x.layout != torch.strided:
+        raise TypeError(f"x must be a dense tensor, got {x.layout}")
     if not isinstance(x, Tensor | QTensor):
         raise TypeError(f"x must be a torch.Tensor or a QTensor, got {type(x).__name__}")
     features = x.shape[1] if len(x.shape) == 2 else -1

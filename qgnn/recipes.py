@@ -81,8 +81,9 @@ class Recipe:
             )
         if hidden is not None:
             recipe = replace(recipe, hidden=hidden)
-        for name, smallest in (("epochs", 1), ("hidden", 1), ("warmup", 0)):
-            if getattr(recipe, name) < smallest:
+        for name in (f.name for f in fields(Recipe) if f.type in ("int", "float")):
+            smallest = 1 if name in ("epochs", "hidden") else 0
+            if not getattr(recipe, name) >= smallest:
                 raise ValueError(f"{name} must be at least {smallest}, got {getattr(recipe, name)}")
         return recipe
 

@@ -18,6 +18,10 @@ compression_with_steps      the same, the 32-bit steps counted too
 packed_bytes, fp32_bytes    bytes of the feature maps, as quantized and at FP32
 train_step_ms               time of a training step
 peak_memory_bytes           on a CPU what a training step keeps for backward, parameters not counted; on a GPU the allocator's peak
+integer_test_acc            test accuracy of the frozen integer model; null for fp32, as the next three
+integer_mismatches          nodes that it predicts otherwise than the fake-quantized model
+integer_ties                codes of its feature maps that differ, because float rounding decided a tie
+integer_max_relative        largest difference of a logit over the largest logit
 recipe                      settings of the run (:class:`qgnn.recipes.Recipe`)
 ==========================  ======================================================================================================
 """
@@ -46,6 +50,10 @@ MEASURES = (
     "average_bits_all",
     "compression",
     "compression_with_steps",
+    "integer_test_acc",
+    "integer_mismatches",
+    "integer_ties",
+    "integer_max_relative",
     "packed_bytes",
     "fp32_bytes",
     "train_step_ms",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import uuid
@@ -42,7 +43,8 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     temporary = target.with_name(f"{target.name}.{uuid.uuid4().hex}.tmp")
     try:
         # not save_file, whose files only their owner may read
-        temporary.write_bytes(to_bytes(tensors, metadata={"qgnn": json.dumps(description)}))
+        text = json.dumps({**description, "sha256": _digest(description, tensors)})
+        temporary.write_bytes(to_bytes(tensors, metadata={"qgnn": text}))
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
@@ -64,9 +66,22 @@ def load(path: str | os.PathLike[str]) -> IntegerModel:
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{os.fspath(path)} is damaged or no qgnn model: {error}") from None
     try:
-        return _built(_description(metadata), tensors)
+        description = _description(metadata)
+        if description.pop("sha256", None) != _digest(description, tensors):
+            raise ValueError("its checksum is wrong, so it is damaged; copy or save it again")
+        return _built(description, tensors)
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{os.fspath(path)} is not a qgnn model that this version reads: {error}") from None
+
+
+def _digest(description: dict[str, Any], tensors: dict[str, Tensor]) -> str:
+    """SHA-256 of the description and of every tensor's name, type, shape and bytes."""
+    digest = hashlib.sha256(json.dumps(description).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _description(metadata: dict[str, str]) -> dict[str, Any]:
@@ -109,10 +124,8 @@ def _layer(spec: LayerSpec, tensors: dict[str, Tensor]) -> IntegerLayer:
         raise ValueError(
             f"layer {spec.name} has containers of {spec.weight_container} and {spec.operand_container} bits"
         )
-    if min(spec.in_channels, spec.out_channels) < 1 or not 0 <= spec.zero <= 255:
-        raise ValueError(
-            f"layer {spec.name} has sizes {spec.in_channels}, {spec.out_channels} and zero point {spec.zero}"
-        )
+    if min(spec.in_channels, spec.out_channels) < 1:
+        raise ValueError(f"layer {spec.name} has sizes {spec.in_channels}, {spec.out_channels}")
     out = (spec.out_channels,)
     packed = bucket_starts(uniform_counts(spec.out_channels, spec.weight_container), spec.in_channels)[-1]
     wanted: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 
 from . import quant
 from .features import SparseFeatures
+from .freeze import freeze
+from .integer import IntegerModel
 from .models import GCN
 from .qtensor import rounded_bits
 from .quant.a2q import A2QQuantizer, learned_layers, memory_penalty
@@ -51,11 +53,13 @@ class Run:
         record: one JSON record (:mod:`qgnn.results` lists its fields).
         model: the fake-quantized model with the weights of the best epoch, in eval mode.
         data: the data it was trained on, with the recipe's feature normalisation applied.
+        frozen: the integer model, bound to that data; None for "fp32".
     """
 
     record: dict[str, Any]
     model: nn.Module
     data: Data
+    frozen: IntegerModel | None
 
 
 @dataclass
@@ -258,18 +262,20 @@ class Trainer:
         if bool(torch.isfinite(loss)):
             return
         value = float(loss.detach())
+        phase = f"warm-up epoch {epoch}" if epoch < self.warmup else f"epoch {epoch - self.warmup}"
+        values = self.x if isinstance(self.x, Tensor) else self.x.values
         parameters = list(self.model.named_parameters())
-        suspects = [(f"parameter {name}", p) for name, p in parameters] + [
-            (f"the gradient of {name}", p.grad) for name, p in parameters
-        ]
+        suspects = (
+            [("the features", values)]
+            + [(f"parameter {name}", p) for name, p in parameters]
+            + [(f"the gradient of {name}", p.grad) for name, p in parameters]
+        )
         for name, tensor in suspects:
             if tensor is not None and not bool(torch.isfinite(tensor).all()):
                 raise TrainingError(
-                    f"the loss is {value} in epoch {epoch}; it began in {name}; lower the learning rates or look at the data"
+                    f"the loss is {value} in {phase}; it began in {name}; lower the learning rates or look at the data"
                 )
-        raise TrainingError(
-            f"the loss is {value} in epoch {epoch}; it began in the features or the output; look at the data for NaN or infinity"
-        )
+        raise TrainingError(f"the loss is {value} in {phase}; it began in the output; lower the learning rates")
 
     def _write(self, path: Path) -> None:
         state = {
@@ -298,7 +304,7 @@ class Trainer:
             raise ValueError(
                 f"checkpoint {path} cannot be read, it is damaged or of another program; delete it to start over"
             ) from error
-        if state.get("recipe") != asdict(self.recipe):
+        if not isinstance(state, dict) or state.get("recipe") != asdict(self.recipe):
             raise ValueError(f"checkpoint {path} belongs to other settings; delete it or choose another folder")
         self.model.load_state_dict(state["model"])
         if state["warm"]:
@@ -351,7 +357,7 @@ def train(
     checkpoint: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Run:
-    """Trains one model.
+    """Trains one model and freezes it.
 
     Args:
         dataset: from :func:`qgnn.data.load`.
@@ -376,7 +382,25 @@ def train(
     network = build(parsed, dataset, recipe).to(device)
     trainer = Trainer(network, data, recipe)
     trainer.run(checkpoint, progress)
-    return Run(_record(trainer, dataset, model, parsed, seed), network, data)
+    record = _record(trainer, dataset, model, parsed, seed)
+    frozen = None if parsed.method == "fp32" else freeze(network, data)
+    return Run({**record, **_integer_record(frozen, data)}, network, data, frozen)
+
+
+@torch.no_grad()
+def _integer_record(frozen: IntegerModel | None, data: Data) -> dict[str, float | None]:
+    names = ("integer_test_acc", "integer_mismatches", "integer_ties", "integer_max_relative")
+    if frozen is None or frozen.report is None:
+        return dict.fromkeys(names)
+    right = (frozen().argmax(1) == data.y).double()
+    report = frozen.report
+    values = (
+        float(right[data.test_mask].mean()) * 100,
+        report.mismatched_predictions,
+        report.ties,
+        report.max_relative,
+    )
+    return dict(zip(names, values, strict=True))
 
 
 def build(scheme: quant.Scheme, dataset: Dataset, recipe: Recipe) -> nn.Module:

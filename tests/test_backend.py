@@ -38,6 +38,10 @@ def test_unknown_backend(monkeypatch):
 
 
 def test_no_silent_fallback(monkeypatch):
+    with backends.use_backend("reference"):
+        mask_clipped(
+            GRAD, CLIP
+        )  # the first call of an operation makes torch import Triton, which reads the variable then
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with backends.use_backend("triton"), pytest.raises(ValueError, match="TRITON_INTERPRET=1"):
         mask_clipped(GRAD, CLIP)
@@ -60,3 +64,19 @@ def test_importing_the_operations_loads_no_backend():
     command = [sys.executable, "-c", script]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=dict(os.environ))
     assert done.stdout.strip() == "[]"
+
+
+def test_a_launch_takes_the_gpu_of_its_tensors(monkeypatch):
+    common = pytest.importorskip("qgnn.kernels.gpu.common")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    guard = common.on_device(torch.device("cuda", 1))
+    assert isinstance(guard, torch.cuda.device)
+    assert guard.idx == 1
+    for device in (torch.device("cuda", 0), torch.device("cpu")):
+        assert not isinstance(common.on_device(device), torch.cuda.device)
+
+
+def test_a_launch_beyond_the_largest_grid_is_refused():
+    common = pytest.importorskip("qgnn.kernels.gpu.common")
+    with pytest.raises(ValueError, match="split the features"):
+        common.launch(None, (1, 2**16), p_x=torch.empty(0))

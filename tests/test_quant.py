@@ -279,13 +279,21 @@ def test_kind_is_found_from_the_first_batch():
         (torch.tensor([[0.0, 1.0], [1.0, 0.5], [0.0, 0.0], [1.0, 0.0]]), "unsigned"),
         (torch.tensor([[0.0, -1.0], [-1.0, 0.0], [0.0, 0.0], [0.0, 0.0]]), "signed"),
         (torch.zeros(4, 2), "unsigned"),
+        (
+            torch.tensor([[0.0, 1.0], [1.0, 0.0], [0.0, 0.0], [0.5, 0.0]]),
+            "unsigned",
+        ),  # no row says that its values are equal
     ):
         for scheme in ("a2q", "int8"):
             layer = GCNConv(2, 3, scheme=scheme, num_nodes=4)
             assert layer.quantizer.kind == "new"
             layer(x, EDGES)
             assert layer.quantizer.kind == kind
-            layer(torch.randn(4, 2), EDGES)
+            if kind == "binary":
+                with pytest.raises(ValueError, match="now it has others"):
+                    layer(torch.randn(4, 2), EDGES)
+            else:
+                layer(torch.randn(4, 2), EDGES)
             assert layer.quantizer.kind == kind
 
 

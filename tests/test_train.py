@@ -111,11 +111,13 @@ def test_nan_stops_with_the_epoch_and_the_tensor() -> None:
     assert isinstance(t.model, GCN)
     with torch.no_grad():
         t.model.convs[1].lin.weight[0, 0] = torch.nan
-    with pytest.raises(train.TrainingError, match=r"loss is nan in epoch 0; .* parameter convs\.1\.lin\.weight"):
+    with pytest.raises(
+        train.TrainingError, match=r"loss is nan in warm-up epoch 0; .* parameter convs\.1\.lin\.weight"
+    ):
         t.run()
     t = trainer("fp32")
     t.x = torch.full_like(t.data.x, torch.inf)
-    with pytest.raises(train.TrainingError, match="epoch 0"):
+    with pytest.raises(train.TrainingError, match="epoch 0; it began in the features"):
         t.run()
 
 

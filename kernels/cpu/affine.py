@@ -34,8 +34,9 @@ def _fake_quantize_affine(lo, hi, x, scale, zero, top, protect, out, bits):
         else:
             for k in range(f):
                 v = x[i, k]
-                code = np.rint(v / s) + shift  # half to even
-                flags[k] = np.uint8(code < nothing) | np.uint8(code > top)
+                steps = v / s
+                flags[k] = np.uint8(steps < -shift) | np.uint8(steps > top - shift)
+                code = np.rint(steps) + shift  # half to even
                 code = code if code > nothing else nothing  # a NaN becomes 0 and is overwritten below
                 code = top if code > top else code
                 value = s * x.dtype.type(np.int32(code) - z)

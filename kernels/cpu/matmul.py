@@ -80,7 +80,9 @@ def _integer_product_is_exact() -> bool:
 
 def _product(x: Tensor, w: Tensor, out: Tensor) -> None:
     """``out = x @ w.t()`` for int8 codes, int32 sums."""
-    if _integer_product_is_exact():
+    if x.size(1) == 1:  # torch._int_mm misreads a factor whose strides are both 1
+        torch.mul(x.to(torch.int32), w.t().to(torch.int32), out=out)
+    elif _integer_product_is_exact():
         torch._int_mm(x, w.t(), out=out)
     elif x.size(1) << 14 <= 1 << 24:  # every partial sum of products up to 2^14 is exact in float32
         out.copy_(x.float() @ w.float().t())

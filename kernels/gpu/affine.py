@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import EXACT, CompileCase, _cast, _pack, check_dtype, tile_blocks
+from .common import EXACT, CompileCase, _cast, _pack, check_dtype, launch, tile_blocks
 
 
 @triton.jit
@@ -42,10 +42,11 @@ def _fake_quantize_affine_kernel(
     b_x = tl.load(p_x + o_x, mask=m, other=0.0).to(tl.float32)
     b_scale, b_zero = tl.load(p_scale), tl.load(p_zero)
     TOP: tl.constexpr = (1 << BITS) - 1
-    b_shifted = _round_half_even(tl.div_rn(b_x, b_scale)) + b_zero.to(tl.float32)
+    b_steps, b_shift = tl.div_rn(b_x, b_scale), b_zero.to(tl.float32)
+    b_shifted = _round_half_even(b_steps) + b_shift
     # NaN becomes 0 here and is put back below.
     b_code = tl.where(b_shifted > 0.0, tl.where(b_shifted < TOP, b_shifted, TOP), 0.0).to(tl.int32)
-    b_outside = ((b_shifted < 0.0) | (b_shifted > TOP)) & m
+    b_outside = ((b_steps < -b_shift) | (b_steps > TOP - b_shift)) & m
     b_keep = b_x != b_x
     if p_protect is not None:
         b_protect = tl.load(p_protect + o_r, mask=m_r, other=0)[:, None] != 0
@@ -70,7 +71,8 @@ def fake_quantize_affine(
     if x.numel():
         blocks = tile_blocks(features)
         grid = (triton.cdiv(n, blocks["BLOCK_R"]), triton.cdiv(features, blocks["BLOCK_F"]))
-        _fake_quantize_affine_kernel[grid](
+        launch(
+            _fake_quantize_affine_kernel, grid,
             p_value=value, p_outside=outside, p_x=x.contiguous(), p_scale=scale, p_zero=zero,
             p_protect=None if protect is None else protect.contiguous(), N=n, F=features, BITS=bits, **blocks, **EXACT,
         )  # fmt: skip

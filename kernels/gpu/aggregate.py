@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .aggregate_extreme import aggregate_arg_backward, aggregate_extreme
 from .aggregate_packed import aggregate_packed
-from .common import EXACT, LAYOUT_FIRSTS, LAYOUT_SIGNATURE, CompileCase, _cast, check_dtype, layout_arguments
+from .common import EXACT, LAYOUT_FIRSTS, LAYOUT_SIGNATURE, CompileCase, _cast, check_dtype, launch, layout_arguments
 from .rows import _row_codes
 from .segments import (
     SCHEDULE_SIGNATURE,
@@ -73,7 +73,7 @@ def _store_sum(
 @triton.jit(do_not_specialize=["R", "S", *LAYOUT_FIRSTS])
 def _aggregate_sum_kernel(
     p_out,  # [N, F]
-    p_slots,  # [slots, F] float32
+    p_slots,  # [slots, F] int32, the bits of float32
     p_arrived,  # [H, blocks] int32
     p_indptr, p_indices, p_order, p_segments, p_hubs,  # [N + 1], [E], [R], [S, 5], [H, 3]
     p_x,  # [M, F], or packed rows
@@ -158,8 +158,9 @@ def _launch_sum(
         return
     sizes = float_tile(out.size(1))
     blocks = triton.cdiv(out.size(1), sizes["BLOCK_F"])
-    arrived, slots = workspace(schedule, out.size(1), blocks, [torch.float32])
-    _aggregate_sum_kernel[grid(schedule, sizes["BLOCK_R"], blocks)](
+    arrived, slots = workspace(schedule, out.size(1), blocks, [torch.int32])
+    launch(
+        _aggregate_sum_kernel, grid(schedule, sizes["BLOCK_R"], blocks),
         p_out=out, p_slots=slots, p_arrived=arrived, p_x=x, p_pos=pos, p_step=dense(step), p_weight=dense(weight),
         p_row_scale=dense(row_scale), p_bias=dense(bias),
         **schedule_arguments(indptr, indices, schedule), **layout_arguments(counts, out.size(1)), SIGNED=signed, MEAN=mean, RELU=relu, **sizes,
@@ -199,7 +200,8 @@ def edge_dot(rows: Tensor, indices: Tensor, x: Tensor, grad: Tensor, arg: Tensor
     out = x.new_zeros(edges, dtype=torch.float32) if not x.size(1) else x.new_empty(edges, dtype=torch.float32)
     if edges and x.size(1):
         sizes = float_tile(x.size(1))
-        _edge_dot_kernel[(triton.cdiv(edges, 16),)](
+        launch(
+            _edge_dot_kernel, (triton.cdiv(edges, 16),),
             p_out=out, p_rows=rows, p_indices=indices, p_x=x, p_grad=grad, p_arg=dense(arg), E=edges,
             F_VECTORS=sizes["F_VECTORS"], VECTOR=sizes["VECTOR"], BLOCK_E=16, BLOCK_F=sizes["BLOCK_F"], **EXACT,
         )  # fmt: skip
@@ -208,7 +210,7 @@ def edge_dot(rows: Tensor, indices: Tensor, x: Tensor, grad: Tensor, arg: Tensor
 
 _SUM = {
     **SCHEDULE_SIGNATURE, "F_VECTORS": "i32", **LAYOUT_SIGNATURE, "p_pos": "*i32",
-    **dict.fromkeys(["p_out", "p_slots", "p_x", "p_step", "p_weight", "p_row_scale", "p_bias"], "*fp32"),
+    "p_slots": "*i32", **dict.fromkeys(["p_out", "p_x", "p_step", "p_weight", "p_row_scale", "p_bias"], "*fp32"),
 }  # fmt: skip
 _TILE = {"VECTOR": 16, "BLOCK_R": 16, "BLOCK_E": 16, "BLOCK_F": 128, "UNROLL": 4}
 _FLOAT_X = {
@@ -230,6 +232,10 @@ def _sum_case(name: str, constexprs: dict[str, object], **types: str) -> Compile
 COMPILE_CASES = [
     _sum_case("aggregate_sum_fp32", {**_FLOAT_X, "p_weight": None, "MEAN": False}),
     _sum_case("aggregate_mean_bf16_weighted", {**_FLOAT_X, "MEAN": True}, p_out="*bf16", p_x="*bf16"),
+    _sum_case(
+        "aggregate_mean_7_int64", {**_FLOAT_X, "p_weight": None, "MEAN": True, "VECTOR": 1, "BLOCK_R": 32, "BLOCK_E": 128, "BLOCK_F": 8},
+        **dict.fromkeys(["p_indptr", "p_segments", "p_hubs"], "*i64"),
+    ),
     _sum_case("aggregate_rows_mixed", {"SIGNED": True, "CONTAINER": None, "MEAN": False, "RELU": True}, p_x="*u8"),
     CompileCase(
         "edge_dot_fp32", _edge_dot_kernel,

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import EXACT, CompileCase, _cast, check_dtype
+from .common import EXACT, CompileCase, _cast, check_dtype, launch
 from .segments import (
     SCHEDULE_SIGNATURE,
     _last_to_arrive,
@@ -167,7 +167,8 @@ def aggregate_extreme(
     sizes = float_tile(x.size(1))
     blocks = triton.cdiv(x.size(1), sizes["BLOCK_F"])
     arrived, best_slots, arg_slots = workspace(schedule, x.size(1), blocks, [torch.int32, indptr.dtype])
-    _aggregate_extreme_kernel[grid(schedule, sizes["BLOCK_R"], blocks)](
+    launch(
+        _aggregate_extreme_kernel, grid(schedule, sizes["BLOCK_R"], blocks),
         p_out=out, p_arg=arg, p_best_slots=best_slots, p_arg_slots=arg_slots, p_arrived=arrived, p_x=x, p_weight=dense(weight),
         **schedule_arguments(indptr, indices, schedule), LARGEST=largest, **sizes, UNROLL=2, **EXACT,
     )  # fmt: skip
@@ -182,7 +183,8 @@ def aggregate_arg_backward(
     out = grad.new_empty(indptr.numel() - 1, grad.size(1))
     if out.numel():
         sizes = float_tile(grad.size(1))
-        _aggregate_arg_bwd_kernel[(out.size(0), triton.cdiv(grad.size(1), sizes["BLOCK_F"]))](
+        launch(
+            _aggregate_arg_bwd_kernel, (out.size(0), triton.cdiv(grad.size(1), sizes["BLOCK_F"])),
             p_dx=out, p_indptr=indptr, p_indices=indices, p_edges=edges, p_grad=grad, p_arg=arg, p_weight=dense(weight),
             F_VECTORS=sizes["F_VECTORS"], VECTOR=sizes["VECTOR"], BLOCK_E=16, BLOCK_F=sizes["BLOCK_F"], **{**EXACT, "num_warps": 2},
         )  # fmt: skip

@@ -26,6 +26,7 @@ from .common import (
     _codes,
     _largest_code,
     _store_codes,
+    launch,
     layout_arguments,
 )
 from .epilogue import _clear_tails, _epilogue, has_tails, padded_features
@@ -76,18 +77,9 @@ def _split(b_unit, SHIFT: tl.constexpr, PARTS: tl.constexpr, MASK: tl.constexpr)
 
 @triton.jit
 def _lanes(
-    p_x,
-    p_indices,
-    b_edge,
-    m_edge,
-    o_u,
-    m_u,
-    stride_x,
-    CONTAINER: tl.constexpr,
-    LANES: tl.constexpr,
-    MASK: tl.constexpr,
-    FLIP: tl.constexpr,
-):
+    p_x, p_indices, b_edge, m_edge, o_u, m_u, stride_x,
+    CONTAINER: tl.constexpr, LANES: tl.constexpr, MASK: tl.constexpr, FLIP: tl.constexpr,
+):  # fmt: skip
     """The codes of the sources of some edges by lane, biased, int32 ``[E, U * LANES]``; 0 where masked."""
     b_source = tl.load(p_indices + b_edge, mask=m_edge, other=0).to(tl.int64)
     p_unit = p_x + b_source[:, None] * stride_x + o_u[None, :]
@@ -186,16 +178,17 @@ def _aggregate_packed_kernel(
     p_slots,  # [slots, F] int32
     p_arrived,  # [H, blocks] int32
     p_indptr, p_indices, p_order, p_segments, p_hubs,  # [N + 1], [E], [R], [S, 5], [H, 3]
-    p_x,  # [M, stride_x], bytes or words
+    p_x,  # packed [M, F], bytes or words
     p_row_scale, p_col_scale, p_bias,  # [N], [F], [F]
     p_step, p_bits, p_pos,  # [N], of the packed output
-    R, S, F, size, stride_x,
+    R, S, F, size, X_VECTORS,
     first_4, first_2, first_1, first_0, start_4, start_2, start_1, stride_8, stride_4, stride_2, stride_1,
-    CONTAINER: tl.constexpr, LANES: tl.constexpr, FIELDS: tl.constexpr, FIELD: tl.constexpr, MASK: tl.constexpr, FLIP: tl.constexpr,
-    BIAS: tl.constexpr, FLUSH: tl.constexpr, OUTPUT: tl.constexpr, OUT_CONTAINER: tl.constexpr, OUT_SIGNED: tl.constexpr, TAILS: tl.constexpr,
-    RELU: tl.constexpr, UNROLL: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_F: tl.constexpr,
+    VECTOR: tl.constexpr, CONTAINER: tl.constexpr, LANES: tl.constexpr, FIELDS: tl.constexpr, FIELD: tl.constexpr, MASK: tl.constexpr,
+    FLIP: tl.constexpr, BIAS: tl.constexpr, FLUSH: tl.constexpr, OUTPUT: tl.constexpr, OUT_CONTAINER: tl.constexpr, OUT_SIGNED: tl.constexpr,
+    TAILS: tl.constexpr, RELU: tl.constexpr, UNROLL: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
     """out[i] = epilogue(sum over the edges e of row i of code[indices[e]]) (A2Q proofs 2 and 3)."""
+    stride_x = X_VECTORS * VECTOR  # so the compiler knows that 16 bytes divide a row of words
     i_tile, i_f = tl.program_id(0), tl.program_id(1)
     o_f = i_f * BLOCK_F + tl.arange(0, BLOCK_F)
     m_f = o_f < F
@@ -205,41 +198,13 @@ def _aggregate_packed_kernel(
     if TAILS:
         if (i_tile == 0) & (i_f == 0):
             _clear_tails(
-                p_out,
-                size,
-                first_4,
-                first_2,
-                first_1,
-                first_0,
-                start_4,
-                start_2,
-                start_1,
-                stride_8,
-                stride_4,
-                stride_2,
-                stride_1,
-            )
+                p_out, size, first_4, first_2, first_1, first_0, start_4, start_2, start_1, stride_8, stride_4, stride_2, stride_1
+            )  # fmt: skip
     if i_tile < S:
         i_row, i_first, i_end, i_slot, i_hub = _segment(p_segments, i_tile)
         b_sum = _sum_segment(
-            p_x,
-            p_indices,
-            i_first,
-            i_end,
-            o_u,
-            m_u,
-            stride_x,
-            CONTAINER,
-            LANES,
-            FIELDS,
-            FIELD,
-            MASK,
-            FLIP,
-            BIAS,
-            FLUSH,
-            BLOCK_E,
-            BLOCK_F,
-        )
+            p_x, p_indices, i_first, i_end, o_u, m_u, stride_x, CONTAINER, LANES, FIELDS, FIELD, MASK, FLIP, BIAS, FLUSH, BLOCK_E, BLOCK_F,
+        )  # fmt: skip
         complete = i_slot < 0
         if i_slot >= 0:
             _store_slot(p_slots, i_slot, b_sum, o_f, m_f, F)
@@ -256,25 +221,9 @@ def _aggregate_packed_kernel(
     else:
         b_row, m_row, b_first, b_degree = _narrow_rows(p_order, p_indptr, i_tile - S, R, BLOCK_R)
         b_acc = _sum_narrow(
-            p_x,
-            p_indices,
-            b_first,
-            b_degree,
-            o_u,
-            m_u,
-            stride_x,
-            CONTAINER,
-            LANES,
-            FIELDS,
-            FIELD,
-            MASK,
-            FLIP,
-            BIAS,
-            FLUSH,
-            UNROLL,
-            BLOCK_R,
-            BLOCK_F,
-        )
+            p_x, p_indices, b_first, b_degree, o_u, m_u, stride_x, CONTAINER, LANES, FIELDS, FIELD, MASK, FLIP, BIAS, FLUSH, UNROLL,
+            BLOCK_R, BLOCK_F,
+        )  # fmt: skip
         _store_tile(
             p_out, p_row_scale, p_col_scale, p_bias, p_step, p_bits, p_pos, b_acc, b_row, m_row, o_f, m_f, F,
             first_4, first_2, first_1, first_0, start_4, start_2, start_1, stride_8, stride_4, stride_2, stride_1,
@@ -303,11 +252,13 @@ def aggregate_packed(
     blocks = triton.cdiv(padded_features(out_counts, features) if packed else features, block_f)
     arrived, slots = workspace(schedule, features, blocks, [torch.int32])
     layout = layout_arguments(out_counts if packed else [0] * 5, features)
-    _aggregate_packed_kernel[grid(schedule, block_r, blocks)](
+    launch(
+        _aggregate_packed_kernel, grid(schedule, block_r, blocks),
         p_out=out, p_slots=slots, p_arrived=arrived, **schedule_arguments(indptr, indices, schedule),
         p_x=x.view(torch.int32) if words else x, p_row_scale=dense(row_scale), p_col_scale=dense(col_scale), p_bias=dense(bias),
         p_step=dense(out_step), p_bits=dense(out_bits), p_pos=out_pos, F=features, size=out.numel(),
-        stride_x=stride // 4 if words else stride, **{name: value for name, value in layout.items() if name != "CONTAINER"},
+        X_VECTORS=stride // 16 if words else stride, VECTOR=4 if words else 1,
+        **{name: value for name, value in layout.items() if name != "CONTAINER"},
         **lane_constants(container, signed, 32 if words else 8), OUTPUT=output, OUT_CONTAINER=layout["CONTAINER"], OUT_SIGNED=out_signed,
         TAILS=packed and has_tails(out_counts, features), RELU=relu, UNROLL=4, BLOCK_R=block_r, BLOCK_E=block_e, BLOCK_F=block_f,
         **EXACT,
@@ -320,15 +271,19 @@ def _no_edges(indptr: Tensor) -> list[Tensor]:
     return [rows, indptr.new_empty(0, 5), indptr.new_empty(0, 3)]
 
 
-def _case(name: str, x: str, container: int, unit: int, output: str, out: str, **changed: object) -> CompileCase:
+def _case(
+    name: str, x: str, container: int, unit: int, output: str, out: str, index: str = "*i32", **changed: object
+) -> CompileCase:
     constexprs: dict[str, object] = {
-        **lane_constants(container, True, unit), "OUTPUT": output, "OUT_CONTAINER": None, "OUT_SIGNED": True, "TAILS": False, "RELU": True,
+        **lane_constants(container, True, unit), "VECTOR": 4 if unit == 32 else 1, "OUTPUT": output,
+        "OUT_CONTAINER": None, "OUT_SIGNED": True, "TAILS": False, "RELU": True,
         "UNROLL": 4, "BLOCK_R": 32, "BLOCK_E": 32, "BLOCK_F": 128, **changed,
     }  # fmt: skip
     signature = {
         **SCHEDULE_SIGNATURE, "p_slots": "*i32", "p_pos": "*i32", "size": "i32",
         **dict.fromkeys(["p_row_scale", "p_col_scale", "p_bias", "p_step"], "*fp32"), "p_bits": "*u8", "p_out": out, "p_x": x,
-        "F": "i32:16", "stride_x": "i32:16" if unit == 32 else "i32", **LAYOUT_SIGNATURE,
+        **dict.fromkeys(["p_indptr", "p_segments", "p_hubs"], index),
+        "F": "i32:16", "X_VECTORS": "i32", **LAYOUT_SIGNATURE,
     }  # fmt: skip
     if unit == 8:  # 16 features: only rows of 8-bit codes have 16 bytes
         signature |= dict.fromkeys(["stride_4", "stride_2", "stride_1"], "i32")
@@ -344,5 +299,6 @@ COMPILE_CASES = [
     _case("aggregate_packed_8_packed", "*i32", 8, 32, "packed", "*u8"),
     _case("aggregate_packed_4_packed", "*i32", 4, 32, "packed", "*u8"),
     _case("aggregate_packed_4_packed_uniform", "*i32", 4, 32, "packed", "*u8", OUT_CONTAINER=4, p_pos=None),
+    _case("aggregate_packed_4_packed_int64", "*i32", 4, 32, "packed", "*u8", index="*i64"),
     _case("aggregate_packed_4_bytes_packed", "*u8", 4, 8, "packed", "*u8", BLOCK_F=16, BLOCK_E=128, TAILS=True),
 ]

@@ -7,6 +7,7 @@ each bucket, its start, the stride of its rows, and ``CONTAINER``, the one conta
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -238,6 +239,28 @@ def layout_arguments(counts: Sequence[int], features: int) -> dict[str, int | No
             arguments[f"stride_{container}"] = row_bytes(container, features)
         first += count
     return arguments
+
+
+MAX_GRID = (2**31 - 1, 2**16 - 1, 2**16 - 1)
+"""Programs along each axis of a grid, CUDA's limits."""
+
+
+def on_device(device: torch.device) -> AbstractContextManager[Any]:
+    """Triton launches on the current GPU, whatever holds the tensors; inside, that is ``device``."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)
+
+
+def launch(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
+    """``kernel[grid](**arguments)`` on the GPU that holds the tensors among the arguments."""
+    if any(size > most for size, most in zip(grid, MAX_GRID, strict=False)):
+        raise ValueError(
+            f"the tensors are too large for one launch: a grid of {grid}, and a GPU takes {MAX_GRID}; split the features"
+        )
+    device = next(argument.device for argument in arguments.values() if isinstance(argument, torch.Tensor))
+    with on_device(device):
+        kernel[grid](**arguments)
 
 
 TILE = 1024

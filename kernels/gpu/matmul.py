@@ -24,6 +24,7 @@ from .common import (
     _largest_code,
     _store_bucket,
     _unpack,
+    launch,
     layout_arguments,
 )
 from .epilogue import _clear, _epilogue, has_tails, padded_features
@@ -33,6 +34,10 @@ from .segments import dense, kept
 BLOCK_N = 64
 BLOCK_K = 64
 """Rows and contracted codes of one step: a warp group's wgmma takes 64 rows."""
+
+
+_FUSED = {"num_warps": 4, "enable_fp_fusion": True}
+"""Launch options of the float product, which agrees with nothing to the bit."""
 
 
 @triton.jit
@@ -227,14 +232,16 @@ def matmul_packed(
     layout = layout_arguments(x_counts, features)
     container = layout["CONTAINER"]
     block_m = min(max(triton.next_power_of_2(columns), 16), 128)
+    block_k = min(max(triton.next_power_of_2(features), 32), BLOCK_K)
     tiles = sum(triton.cdiv(count, BLOCK_N) for count in x_counts)
-    _matmul_packed_kernel[(tiles, triton.cdiv(padded_features(out_counts, columns), block_m))](
+    launch(
+        _matmul_packed_kernel, (tiles, triton.cdiv(padded_features(out_counts, columns), block_m)),
         p_out=out, p_x=x, p_w=w, p_rows=None if x_pos is None else kept(x_pos, rows_of), p_row_scale=dense(row_scale), p_col_scale=dense(col_scale),
         p_bias=dense(bias), p_step=dense(out_step), p_bits=dense(out_bits), N=n, M=columns, K=features, size=out.numel(), x_zero=x_zero,
         stride_x=row_bytes(container, features) if container else 0, stride_w=row_bytes(w_container, features),
         stride_out=row_bytes(out_container, columns) if packed else 0, **layout, X_SIGNED=x_signed, HAS_ZERO=x_zero != 0, W_CONTAINER=w_container,
         OUTPUT=output, OUT_CONTAINER=out_container if packed else None, TAILS=packed and has_tails(out_counts, columns), RELU=relu,
-        BLOCK_N=BLOCK_N, BLOCK_M=block_m, BLOCK_K=BLOCK_K, **EXACT,
+        BLOCK_N=BLOCK_N, BLOCK_M=block_m, BLOCK_K=block_k, **EXACT,
     )  # fmt: skip
     return out
 
@@ -259,14 +266,18 @@ def matmul_transposed(
     chunk = triton.cdiv(triton.cdiv(n, splits), 32) * 32
     splits = triton.cdiv(n, chunk)
     parts = grad.new_empty(splits, features, columns)
-    _matmul_transposed_kernel[(triton.cdiv(features, block_k), triton.cdiv(columns, block_m), splits)](
+    launch(
+        _matmul_transposed_kernel, (triton.cdiv(features, block_k), triton.cdiv(columns, block_m), splits),
         p_out=parts, p_x=x, p_pos=pos, p_scale=scale.contiguous(), p_grad=grad, N=n, K=features, M=columns, chunk=chunk, zero=zero,
-        **layout_arguments(counts, features), SIGNED=signed, BLOCK_N=32, BLOCK_K=block_k, BLOCK_M=block_m, num_warps=4, enable_fp_fusion=True,
+        **layout_arguments(counts, features), SIGNED=signed, BLOCK_N=32, BLOCK_K=block_k, BLOCK_M=block_m, **_FUSED,
     )  # fmt: skip
     return parts[0] if splits == 1 else parts.sum(0)
 
 
-def _case(name: str, container: int | None, w_container: int, output: str, out: str, **changed: object) -> CompileCase:
+def _case(
+    name: str, container: int | None, w_container: int, output: str, out: str, short: bool = False, **changed: object
+) -> CompileCase:
+    """``short``: rows of fewer than 16 bytes, which nothing is known to divide."""
     constexprs: dict[str, object] = {
         "CONTAINER": container, "X_SIGNED": True, "HAS_ZERO": False, "W_CONTAINER": w_container, "OUTPUT": output, "OUT_CONTAINER": 4, "TAILS": False,
         "RELU": False, "BLOCK_N": BLOCK_N, "BLOCK_M": 128, "BLOCK_K": BLOCK_K, **changed,
@@ -276,6 +287,8 @@ def _case(name: str, container: int | None, w_container: int, output: str, out: 
         **dict.fromkeys(["p_row_scale", "p_col_scale", "p_bias", "p_step"], "*fp32"), **dict.fromkeys(["N", "size", "x_zero"], "i32"),
         **dict.fromkeys(["M", "K", "stride_x", "stride_w", "stride_out"], "i32:16"), **LAYOUT_SIGNATURE,
     }  # fmt: skip
+    if short:
+        signature |= dict.fromkeys(["K", "stride_w", "stride_8", "stride_4", "stride_2", "stride_1"], "i32")
     signature = {argument: kind for argument, kind in signature.items() if argument not in constexprs}
     return CompileCase(name, _matmul_packed_kernel, signature, constexprs, EXACT)
 
@@ -293,9 +306,10 @@ COMPILE_CASES = [
     _case("matmul_packed_mixed_x8_float", None, 8, "float", "*fp32"),
     _case("matmul_packed_mixed_unsigned_zero", None, 4, "float", "*fp32", X_SIGNED=False, HAS_ZERO=True),
     _case("matmul_packed_narrow", None, 4, "packed", "*u8", BLOCK_M=16),
-    CompileCase("matmul_transposed_mixed", _matmul_transposed_kernel, _TRANSPOSED, {**_BLOCKS, "CONTAINER": None}),
+    _case("matmul_packed_short_rows", None, 4, "float", "*fp32", short=True, BLOCK_K=32),
+    CompileCase("matmul_transposed_mixed", _matmul_transposed_kernel, _TRANSPOSED, {**_BLOCKS, "CONTAINER": None}, _FUSED),
     CompileCase(
         "matmul_transposed_8", _matmul_transposed_kernel, {k: v for k, v in _TRANSPOSED.items() if k != "p_pos"},
-        {**_BLOCKS, "p_pos": None, "CONTAINER": 8},
+        {**_BLOCKS, "p_pos": None, "CONTAINER": 8}, _FUSED,
     ),
 ]  # fmt: skip

@@ -43,15 +43,14 @@ def _slots_of(hubs: Tensor) -> int:
     return slot_count([hubs, hubs, hubs])
 
 
-def workspace(
-    schedule: Sequence[Tensor], features: int, blocks: int, dtypes: Sequence[torch.dtype]
-) -> list[Tensor | None]:
-    """Zeroed counters ``[H, blocks]`` and, for each dtype, slots ``[slots, F]``; all None where there is no hub."""
+def workspace(schedule: Sequence[Tensor], features: int, blocks: int, dtypes: Sequence[torch.dtype]) -> list[Tensor]:
+    """Zeroed counters ``[H, blocks]`` and, for each dtype, slots ``[slots, F]``.
+
+    Without hubs they are empty, but never None: the branch of the hubs is compiled all the same, and needs a pointer."""
     hubs = schedule[2]
-    if not hubs.size(0):
-        return [None] * (1 + len(dtypes))
-    slots = kept(hubs, _slots_of)
-    arrived = torch.zeros(hubs.size(0), blocks, dtype=torch.int32, device=hubs.device)
+    slots = kept(hubs, _slots_of) if hubs.size(0) else 0
+    new = torch.zeros if hubs.size(0) else torch.empty
+    arrived = new(hubs.size(0), blocks, dtype=torch.int32, device=hubs.device)
     return [arrived, *(torch.empty(slots, features, dtype=dtype, device=hubs.device) for dtype in dtypes)]
 
 
@@ -79,7 +78,7 @@ def grid(schedule: Sequence[Tensor], block_r: int, blocks: int) -> tuple[int, in
 def schedule_arguments(indptr: Tensor, indices: Tensor, schedule: Sequence[Tensor]) -> dict[str, Tensor | int]:
     order, segments, hubs = schedule
     return {
-        "p_indptr": indptr, "p_indices": indices, "p_order": order, "p_segments": segments, "p_hubs": hubs,
+        "p_indptr": indptr.contiguous(), "p_indices": indices.contiguous(), "p_order": order, "p_segments": segments, "p_hubs": hubs,
         "R": order.numel(), "S": segments.size(0),
     }  # fmt: skip
 
@@ -119,7 +118,7 @@ def _last_to_arrive(p_arrived, p_hubs, i_hub):
     """Counts this program in at its hub (and block of features): whether it is the last, the hub's first slot, and the end of its slots."""
     i_first = tl.load(p_hubs + i_hub * 3 + 1).to(tl.int64)
     slots = tl.load(p_hubs + i_hub * 3 + 2).to(tl.int32)
-    # Every thread has written its part of the slot before one of them releases it.
+    # Every thread has exchanged its part of the slot before one of them counts.
     tl.debug_barrier()
     p_count = p_arrived + i_hub * tl.num_programs(1) + tl.program_id(1)
     b_before = tl.atomic_add(p_count, 1, sem="acq_rel", scope="gpu")
@@ -129,7 +128,11 @@ def _last_to_arrive(p_arrived, p_hubs, i_hub):
 
 @triton.jit
 def _store_slot(p_slots, i_slot, b_part, o_f, m_f, F):
-    tl.store(p_slots + i_slot * F + o_f[None, :], b_part, mask=m_f[None, :])
+    """Each thread makes its part visible to the whole GPU itself. A plain store, released by the thread that counts, would do on NVIDIA; but the
+    barrier of gfx942 compiles to one that does not wait for the stores of other warps (no ``s_waitcnt vmcnt(0)`` before ``s_barrier``)."""
+    if b_part.dtype == tl.float32:  # slots are integers: the interpreter exchanges no floats
+        b_part = b_part.to(tl.int32, bitcast=True)
+    tl.atomic_xchg(p_slots + i_slot * F + o_f[None, :], b_part, mask=m_f[None, :], sem="acq_rel", scope="gpu")
 
 
 @triton.jit
@@ -143,5 +146,8 @@ def _sum_of_slots(p_slots, i_first, i_end, b_zero, o_f, m_f, F):
     """``[1, BLOCK_F]``, in the order of the slots."""
     b_sum = b_zero
     for i_slot in range(i_first, i_end):
-        b_sum += _load_slot(p_slots, i_slot, o_f, m_f, F)
+        b_part = _load_slot(p_slots, i_slot, o_f, m_f, F)
+        if b_zero.dtype == tl.float32:
+            b_part = b_part.to(tl.float32, bitcast=True)
+        b_sum += b_part
     return b_sum

@@ -108,6 +108,8 @@ class GCNConv(nn.Module):
         graph, factor, weight = self.propagation(edge_index, x.size(0), edge_weight)
         if graph.device != x.device:
             raise ValueError(f"x is on {x.device} and the graph on {graph.device}; move one with .to()")
+        if factor is not None:
+            factor = factor.to(self.lin.weight.dtype)
         if self.quantizer is None:
             h = x @ self.lin.weight.t()
         else:

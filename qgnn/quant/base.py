@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,27 +56,37 @@ class FeatureMap:
 
 @dataclass(frozen=True)
 class InputCodes:
-    """How the integer model turns a layer's float input into codes: ``value = step * (code - zero)``.
+    """How the integer model turns a layer's float input into codes: ``value = step * code``.
 
     Attributes:
         step: float32 ``[N]``, or one element for all nodes.
         bits: uint8, shaped like ``step``.
-        signed, zero: as in :class:`qgnn.QTensor`; a zero point comes with unsigned codes and rounding half to even.
+        signed: whether the codes have a sign.
     """
 
     step: Tensor
     bits: Tensor
     signed: bool
-    zero: int = 0
 
 
 def is_row_binary(x: Tensor | SparseFeatures) -> bool:
-    """Whether every row of ``x`` holds only 0 and one positive constant, so that 1 bit a value and a step per row represent it exactly."""
+    """Whether every row of ``x`` holds only 0 and one positive constant, so that 1 bit a value and a step per row represent it exactly.
+
+    Some row has to hold its constant twice: rows of a single value say nothing, as those of a map of one feature.
+    """
     if isinstance(x, SparseFeatures):
         constants = x.row_constants()
-        return constants is not None and bool((constants >= 0).all()) and bool((constants > 0).any())
+        return constants is not None and bool((constants >= 0).all()) and int(x.graph.max_degree) > 1
+    return _holds_constants(x) and bool(((x > 0).sum(1) > 1).any())
+
+
+def _checks_values(x: Tensor) -> bool:
+    return x.device.type == "cpu" or os.environ.get("QGNN_DEBUG") == "1"
+
+
+def _holds_constants(x: Tensor) -> bool:
     top = x.amax(1, keepdim=True) if x.size(1) else x.new_zeros(x.size(0), 1)
-    return bool(((x == 0) | (x == top)).all()) and bool((x >= 0).all()) and bool((top > 0).any())
+    return bool(((x == 0) | (x == top)).all()) and bool((top >= 0).all())
 
 
 def row_binary_codes(x: Tensor) -> InputCodes:
@@ -116,8 +127,17 @@ class LayerQuantizer(nn.Module):
         self.kind = state["kind"]
 
     def see_input(self, x: Tensor | SparseFeatures) -> bool:
-        """Finds ``kind`` from the first batch; returns whether this was it."""
+        """Finds ``kind`` from the first batch; returns whether this was it.
+
+        Raises:
+            ValueError: the kind is "binary" and ``x`` is not. On a GPU this is seen under ``QGNN_DEBUG=1`` only, and at freezing.
+        """
         if self.kind != "new":
+            if self.kind == "binary" and isinstance(x, Tensor) and _checks_values(x) and not _holds_constants(x):
+                raise ValueError(
+                    "the input of this layer had rows of 0 and one constant at first, so it is not quantized, and now it has others; "
+                    "convert the model anew for such data"
+                )
             return False
         if is_row_binary(x):
             self.kind = "binary"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -99,7 +101,9 @@ class QATQuantizer(LayerQuantizer):
     def linear(self, x: Tensor | SparseFeatures, weight: Tensor, protect: Tensor | None) -> Tensor:
         if not self.enabled:
             return x @ weight.t()
-        self.see_input(x)
+        if self.see_input(x):
+            # No zero point: the layer before then writes these codes in its epilogue, like non-negative ones, whose zero point is 0.
+            self.input.symmetric = self.kind == "signed"
         weight_q = self._weight(weight).t()
         return x @ weight_q if self.kind == "binary" else self.input(x, protect) @ weight_q
 
@@ -113,14 +117,22 @@ class QATQuantizer(LayerQuantizer):
     def operand(self, h: Tensor, protect: Tensor | None) -> Tensor:
         return self.message(h, protect) if self.enabled else h
 
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        super().set_extra_state(state)
+        self.input.symmetric = self.kind == "signed"
+
     @torch.no_grad()
     def input_codes(self, x: Tensor | None) -> InputCodes:
         if self.kind == "binary":
             if x is None:
                 raise ValueError("freezing a layer with a 0/1 input needs that input; pass data to freeze")
             return row_binary_codes(x)
+        if self.kind == "unsigned" and int(self.input.zero()):
+            raise ValueError(
+                "the input of this layer was non-negative at first and was negative later; convert the model anew for such data"
+            )
         scale = self.input.step()
-        return InputCodes(scale, self._width(scale), False, int(self.input.zero()))
+        return InputCodes(scale, self._width(scale), self.kind == "signed")
 
     @torch.no_grad()
     def weight_codes(self, weight: Tensor) -> QTensor:

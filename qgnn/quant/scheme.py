@@ -75,6 +75,9 @@ def parse(name: str | Scheme) -> Scheme:
         raise ValueError(
             f"there is no scheme {name!r}; choose one of {', '.join(SCHEMES)}, or int8/int4 with suffixes {', '.join('-' + s for s in _SUFFIXES)}"
         )
+    for pair in (("clip", "ste"), ("minmax", "momentum"), ("extremes", "percentile")):
+        if sum(suffixes.count(suffix) for suffix in pair) > 1:
+            raise ValueError(f"scheme {name!r} says -{pair[0]} or -{pair[1]} more than once")
     for suffix in suffixes:
         scheme = replace(scheme, **_SUFFIXES[suffix])  # type: ignore[arg-type]
     return replace(scheme, name=name)
