@@ -6,9 +6,7 @@ A2Q learned depend on in-degree (out/demo_bits.png).
 
 from __future__ import annotations
 
-import statistics
 import time
-from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
@@ -20,11 +18,10 @@ from rich import box
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Column, Table
-from torch import Tensor
-from torch_geometric.nn import GCNConv
 
-import qgnn
 from qgnn.data import load
+from qgnn.perf.timing import paired
+from qgnn.perf.train_step import PyGGCN
 from qgnn.quant import FeatureMap, feature_maps
 from qgnn.train import Run, train
 
@@ -32,39 +29,13 @@ SCHEMES = ("fp32", "dq-int8", "dq-int4", "a2q")
 PICTURE = Path("out/demo_bits.png")
 
 
-class PyGGCN(torch.nn.Module):
-    """The same network in PyG. `cached=True` spares it the normalisation of the graph in every call, as ours is spared."""
-
-    def __init__(self, model: torch.nn.Module) -> None:
-        super().__init__()
-        self.convs = torch.nn.ModuleList(
-            GCNConv(conv.in_channels, conv.out_channels, cached=True) for conv in model.convs
-        )
-
-    def forward(self, x: Tensor, edge_index: Tensor) -> Tensor:
-        for i, conv in enumerate(self.convs):
-            x = conv(x.relu() if i else x, edge_index)
-        return x
-
-
-def paired_ms(first: Callable[[], object], second: Callable[[], object], rounds: int = 50) -> tuple[float, float]:
-    """Median times of two functions that take turns, so that whatever else the machine does hits both."""
-    times: tuple[list[float], list[float]] = ([], [])
-    with torch.inference_mode():
-        for function in (first, second) * 3:
-            function()
-        for _ in range(rounds):
-            for function, measured in zip((first, second), times, strict=True):
-                began = time.perf_counter()
-                function()
-                measured.append(1e3 * (time.perf_counter() - began))
-    return statistics.median(times[0]), statistics.median(times[1])
-
-
 def row(run: Run, pyg: torch.nn.Module) -> list[str]:
     """One line of the table: the integer model of a run beside PyG's FP32."""
-    frozen = qgnn.freeze(run.model, run.data)
-    ours, theirs = paired_ms(frozen, lambda: pyg(run.data.x, run.data.edge_index))
+    frozen = run.frozen
+    assert frozen is not None and frozen.report is not None
+    with torch.inference_mode():
+        times = paired({"pyg": lambda: pyg(run.data.x, run.data.edge_index), "ours": frozen}, rounds=50)
+    ours, theirs = times["ours"].ms[1], times["pyg"].ms[1]
     report = frozen.report
     return [
         run.record["scheme"],
@@ -142,7 +113,12 @@ def main() -> None:
     fp32 = runs.pop("fp32").record
     table.add_row("fp32", f"{fp32['test_acc']:.1f}", "32", "1.0", f"{fp32['fp32_bytes']:,}")
     for run in runs.values():
-        table.add_row(*row(run, PyGGCN(run.model).eval()))
+        table.add_row(
+            *row(
+                run,
+                PyGGCN(dataset.data.x.size(1), run.record["recipe"]["hidden"], dataset.num_classes, 0.0, 0.0).eval(),
+            )
+        )
     console.print(table)
     console.print(
         "One seed each, accuracy in percent. Average bits and compression count the quantized\n"

@@ -15,7 +15,8 @@ from .kernels.schedule import Schedule, build_schedule
 if TYPE_CHECKING:
     from torch_geometric.data import Data
 
-_INT32_LIMIT = 2**31
+_INT32_LIMIT = 2**31 - 2**14
+"""Edges from which offsets are int64: kernels count a little beyond the last edge of a row."""
 
 
 def _first_bad(mask: Tensor) -> int:
@@ -98,7 +99,7 @@ class Graph:
                 raise ValueError(
                     f"edge_index: {name} {int(row[e])} of edge {e} is outside 0..{limit - 1}; pass num_nodes or mend the edge"
                 )
-        if max(sources, nodes) >= _INT32_LIMIT:
+        if max(sources, nodes) >= 2**31:
             raise ValueError(f"a graph has fewer than 2^31 nodes, got {max(sources, nodes)}")
         perm = torch.argsort(edge_index[1], stable=True)
         counts = torch.bincount(edge_index[1], minlength=nodes)

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
+import qgnn
 from qgnn import cli, environment
 
 QUICK = ["train", "--dataset", "digits", "--scheme", "fp32", "--epochs", "2"]
@@ -252,3 +253,59 @@ def test_entry_point_is_main(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=dict(os.environ), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["versions"]["python"] == sys.version.split()[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["train"], "Missing option '--dataset'"),
+        (["train", "--dataset", "digits", "--seeds", "0"], "--seeds"),
+        (["train", "--dataset", "digits", "--device", "tpu"], "--device"),
+        (["train", "--dataset", "digits", "--set", "lr=-1"], "lr must be at least 0"),
+        (["train", "--dataset", "digits", "--set", "lr"], "--set takes KEY=VALUE"),
+        (["nothing"], "nothing"),
+    ],
+)
+def test_bad_usage_is_one_line_and_exit_code_2(
+    arguments: list[str], says: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["qgnn", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("qgnn: ") and error.count("\n") == 1 and says in error
+
+
+def test_a_folder_takes_one_train_at_a_time(tmp_path: Path) -> None:
+    import fcntl
+
+    with (tmp_path / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert "another qgnn train is running in" in one_line(run(*QUICK, "--out", str(tmp_path), code=2))
+    run(*QUICK, "--out", str(tmp_path))
+
+
+def test_the_integer_model_is_reported_and_kept(tmp_path: Path) -> None:
+    quick = [
+        "train",
+        "--dataset",
+        "digits",
+        "--scheme",
+        "a2q",
+        "--epochs",
+        "2",
+        "--hidden",
+        "8",
+        "--out",
+        str(tmp_path),
+    ]
+    result = run(*quick)
+    assert "integer model of seed 0" in result.stdout and "convs.1: steps of the weight" in result.stdout
+    (record,) = records(tmp_path / "results.jsonl")
+    assert record["integer_mismatches"] <= record["integer_ties"]
+    (path,) = (tmp_path / "models").iterdir()
+    data = qgnn.data.load("digits").data
+    out = qgnn.load(path)(data.x, data.edge_index)
+    right = (out.argmax(1) == data.y)[data.test_mask].double().mean()
+    assert float(right) * 100 == pytest.approx(record["integer_test_acc"])

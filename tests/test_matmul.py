@@ -146,3 +146,21 @@ def test_compiles_whole():
     for op, arguments in every_op("cpu"):
         compiled = torch.compile(lambda *a, op=op: op(*a), backend="aot_eager", fullgraph=True)
         assert_bitwise(compiled(*arguments), op(*arguments))
+
+
+@pytest.mark.parametrize("n", [1, 2, 33])
+@pytest.mark.parametrize("k", [1, 2, 3])
+@pytest.mark.parametrize("m", [1, 2, 17])
+@pytest.mark.parametrize("signed", [True, False])
+def test_thin_products(backend, n, k, m, signed):
+    """One row, one feature or one column: libraries read such strides in more than one way."""
+    generator = torch.Generator().manual_seed(n * 100 + k * 10 + m)
+    x = torch.randint(-7 if signed else 0, 8, (n, k), generator=generator).float()
+    w = torch.randint(-7, 8, (k, m), generator=generator).float()
+    counts = packing.uniform_counts(n, 8)
+    rows = packing.pack_reference(x.int(), None, counts).to(backend)
+    columns = packing.pack_reference(w.t().int(), None, packing.uniform_counts(m, 4)).to(backend)
+    acc = ops.matmul_packed(
+        rows, None, counts, signed, 0, columns, 4, k, m, "acc", None, None, None, False, None, None, 0
+    )
+    assert_bitwise(acc, (x @ w).to(torch.int32))

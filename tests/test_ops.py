@@ -571,3 +571,21 @@ def test_matmul_with_a_zero_point(backend):
     assert torch.equal(ops.matmul(shifted, wq).acc.double(), (plain.codes() - 100).double() @ wq.codes().double())
     with pytest.raises(ValueError, match=r"has a zero point; pass x.dequantize"):
         ops.aggregate(small_graph(5)[0], shifted)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.4])
+def test_relu_dropout_is_torchs_and_keeps_a_bit_an_element(p):
+    x = torch.randn(40, 24, requires_grad=True)
+    torch.manual_seed(1)
+    expected = torch.nn.functional.dropout(torch.relu(x), p, True)
+    (grad,) = torch.autograd.grad(expected.square().sum(), x)
+    kept = []
+    torch.manual_seed(1)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        out = ops.relu_dropout(x, p, True)
+    assert torch.equal(out, expected)
+    assert sum(t.nbytes for t in kept) == 40 * 24 // 8
+    torch.testing.assert_close(torch.autograd.grad(out.square().sum(), x)[0], grad, rtol=1e-6, atol=0)
+    assert torch.equal(ops.relu_dropout(x, p, False), torch.relu(x))
+    with pytest.raises(ValueError, match=r"p must be in \[0, 1\)"):
+        ops.relu_dropout(x, 1.0, True)
