@@ -62,8 +62,7 @@ def matmul_packed(
     out_container: int,
 ) -> Tensor:  # fmt: skip
     """``x``, ``x_pos``, ``x_counts``: packed rows ``[N, K]`` (:mod:`.packing`), ``K = features``; ``w``: packed ``[M, K]`` in
-    ``w_container`` (4 or 8),
-    ``M = columns``. ``output``: ``"acc"`` int32 ``[N, M]``, ``"float"`` float32 ``[N, M]``, or ``"packed"`` codes ``[N, M]`` in ``out_container``."""
+    ``w_container`` (4 or 8), ``M = columns``. ``output``: ``"acc"`` int32 ``[N, M]``, ``"float"`` float32 ``[N, M]``, or ``"packed"`` codes ``[N, M]`` in ``out_container``."""
     return implementation("matmul", "matmul_packed", matmul_packed_reference, x)(
         x, x_pos, x_counts, x_signed, x_zero, w, w_container, features, columns, output, row_scale, col_scale, bias, relu, out_step,
         out_bits, out_container
@@ -107,8 +106,7 @@ def matmul_transposed(
     grad: Tensor,
 ) -> Tensor:
     """The weight gradient of training, ``(scale * (code - zero))^T @ grad``: packed rows ``[N, K]`` with a factor per row, float32
-    ``grad`` ``[N, M]``
-    -> float32 ``[K, M]``. X is unpacked tile by tile, never whole."""
+    ``grad`` ``[N, M]`` -> float32 ``[K, M]``. X is unpacked tile by tile, never whole."""
     return implementation("matmul", "matmul_transposed", matmul_transposed_reference, x)(
         x, pos, counts, signed, zero, features, scale, grad
     )

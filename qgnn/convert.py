@@ -14,9 +14,8 @@ from .quant import Scheme, parse
 def convert(model: nn.Module, scheme: str | Scheme, num_nodes: int | None = None) -> nn.Module:
     """A copy of ``model`` whose layers train on quantized values.
 
-    PyG's GCNConv and Linear and torch's Linear are replaced by those of :mod:`qgnn.nn`,
-    with their weights; everything without parameters (activations,
-    dropout, plain Python forward code) stays.
+    PyG's GCNConv and Linear and torch's Linear are replaced by those of :mod:`qgnn.nn`, with their weights; everything without parameters
+    (activations, dropout, plain Python forward code) stays.
 
     Args:
         model: a module made of GCNConv and Linear; it is not changed.

@@ -15,8 +15,7 @@ from .graph import Graph
 @dataclass(frozen=True, eq=False)
 class SparseFeatures:
     """A sparse matrix ``[N, F]`` that takes the place of dense features in the first layer: ``features @ weight`` is an aggregation over
-    the graph that
-    links every feature to the nodes that have it.
+    the graph that links every feature to the nodes that have it.
 
     On Cora (2,708 x 1,433, 1.3 % nonzero; one thread) dropout takes 0.5 ms instead of 47 and the product with its gradient 0.6 ms instead of 6.7.
 

@@ -15,8 +15,7 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Recipe:
     """How a model is trained: ``warmup`` epochs in FP32, then ``epochs`` from the best of these weights with a new optimizer; then the
-    quantizers of a
-    quantized scheme are on.
+    quantizers of a quantized scheme are on.
 
     Attributes:
         warmup, epochs: lengths of the two phases.

@@ -36,8 +36,7 @@ class RangeQuantizer(nn.Module):
 
     - affine (``symmetric=False``, NUMERICS 5): ``value = scale * (code - zero)``, codes 0 to ``2^bits - 1``, rounding half to even.
     - symmetric (NUMERICS 1): the range ``[-m, m]``, ``step = m / Q``, codes ``-Q`` to ``Q``: what weights and the operand of an
-    aggregation need to be
-      multiplied and summed as plain integers.
+    aggregation need to be multiplied and summed as plain integers.
     """
 
     def __init__(self, scheme: Scheme, symmetric: bool) -> None:
