@@ -62,7 +62,8 @@ def matmul_packed(
     out_container: int,
 ) -> Tensor:  # fmt: skip
     """``x``, ``x_pos``, ``x_counts``: packed rows ``[N, K]`` (:mod:`.packing`), ``K = features``; ``w``: packed ``[M, K]`` in
-    ``w_container`` (4 or 8), ``M = columns``. ``output``: ``"acc"`` int32 ``[N, M]``, ``"float"`` float32 ``[N, M]``, or ``"packed"`` codes ``[N, M]`` in ``out_container``."""
+    ``w_container`` (4 or 8), ``M = columns``. ``output``: ``"acc"`` int32 ``[N, M]``, ``"float"`` float32 ``[N, M]``, or
+    ``"packed"`` codes ``[N, M]`` in ``out_container``."""
     return implementation("matmul", "matmul_packed", matmul_packed_reference, x)(
         x, x_pos, x_counts, x_signed, x_zero, w, w_container, features, columns, output, row_scale, col_scale, bias, relu, out_step,
         out_bits, out_container

@@ -2,8 +2,7 @@
 
 Bytes decide: aggregation reads ``E * F * bits / 8`` bytes of rows (plus 4 bytes an edge) and writes ``4 N F``; so against FP32 the most
 that INT8 can gain is 4 x and INT4 8 x where rows come from memory. Peers are cached: torch's CSR product (MKL on a CPU, cuSPARSE on a GPU) keeps
-its matrix, and PyG's scatter
-its index. Each candidate's result is compared with the FP32 reference of the same values before it is timed.
+its matrix, and PyG's scatter its index. Each candidate's result is compared with the FP32 reference of the same values before it is timed.
 """
 
 from __future__ import annotations

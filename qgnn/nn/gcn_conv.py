@@ -43,7 +43,8 @@ class GCNConv(nn.Module):
         num_nodes: nodes of the graph; needed by "a2q".
 
     Shapes: ``x`` ``[N, in]`` (or :class:`qgnn.features.SparseFeatures`), ``edge_index`` ``[2, E]`` or a :class:`qgnn.Graph`,
-    ``edge_weight`` ``[E]`` or None -> ``[N, out]``. State-dict keys ``lin.weight`` and ``bias``, as PyG's; those of the quantizer start with ``quantizer.``.
+    ``edge_weight`` ``[E]`` or None -> ``[N, out]``. State-dict keys ``lin.weight`` and ``bias``, as PyG's; those of the quantizer start
+    with ``quantizer.``.
     """
 
     def __init__(
