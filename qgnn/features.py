@@ -17,7 +17,7 @@ class SparseFeatures:
     """A sparse matrix ``[N, F]`` that takes the place of dense features in the first layer: ``features @ weight`` is an aggregation over
     the graph that links every feature to the nodes that have it.
 
-    On Cora (2,708 x 1,433, 1.3 % nonzero; one thread) dropout takes 0.5 ms instead of 47 and the product with its gradient 0.6 ms instead of 6.7.
+    On Cora (2,708 x 1,433, 1.3 % nonzero; one thread) dropout takes 0.4 ms instead of 47, and the product with its gradient 0.7 instead of 9.3.
 
     Attributes:
         graph: bipartite, ``F`` sources and ``N`` destinations, an edge for every nonzero.
