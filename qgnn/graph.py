@@ -146,7 +146,8 @@ class Graph:
 
     @classmethod
     def of(cls, edges: Graph | Tensor, num_nodes: int | tuple[int, int]) -> Graph:
-        """The graph itself, or the graph of an ``edge_index``, remembered until the tensor changes (in-place changes included) or dies."""
+        """The graph itself, or the graph of an ``edge_index``, remembered until the tensor changes (in-place changes included,
+        but not those through ``.data`` or a NumPy view, which torch does not count) or dies."""
         if isinstance(edges, Graph):
             if edges.num_sources != (num_nodes[0] if isinstance(num_nodes, tuple) else num_nodes):
                 raise ValueError(

@@ -47,7 +47,7 @@ def fake_quantize(
     """Quantizes and dequantizes ``x`` with learnable steps and widths (A2Q eq. 1; NUMERICS 1 and 2).
 
     Args:
-        x: ``[N, F]``, float16, bfloat16 or float32 (float64 on the reference backend).
+        x: ``[N, F]``, float16, bfloat16 or float32; float64 on a CPU.
         step: positive steps, ``[N]`` for axis "row", ``[F]`` for axis "col", or a number.
         bits: real widths, shaped like ``step``; rounded half to even and clamped to 0..8.
         axis: which axis the steps run along.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,7 +107,7 @@ def row_binary_codes(x: Tensor) -> InputCodes:
     return InputCodes(step, torch.ones(x.size(0), dtype=torch.uint8, device=x.device), False)
 
 
-class LayerQuantizer(nn.Module):
+class LayerQuantizer(nn.Module, ABC):
     """Quantizes the three tensors that a layer moves: its input, its weight, and the operand of its aggregation.
 
     ``kind`` says how the input is represented: "new" before the first batch; "binary" when its rows hold 0 and one constant and 1 bit is exact,
@@ -153,29 +154,29 @@ class LayerQuantizer(nn.Module):
         """Called first in every forward pass. Returns the protective mask of the pass (bool ``[N]``), or None."""
         return None
 
+    @abstractmethod
     def linear(self, x: Tensor | SparseFeatures, weight: Tensor, protect: Tensor | None) -> Tensor:
         """``x @ weight.T`` on quantized values: ``x`` ``[N, in]``, ``weight`` ``[out, in]``."""
-        raise NotImplementedError
 
+    @abstractmethod
     def operand(self, h: Tensor, protect: Tensor | None) -> Tensor:
         """The quantized operand of the aggregation, ``[N, out]``."""
-        raise NotImplementedError
 
+    @abstractmethod
     def input_codes(self, x: Tensor | None) -> InputCodes:
         """How the integer model codes the input. ``x``, an example, is needed for a "binary" one only."""
-        raise NotImplementedError
 
+    @abstractmethod
     def weight_codes(self, weight: Tensor) -> QTensor:
         """The weight ``[out, in]`` as codes with a step per output (axis "row")."""
-        raise NotImplementedError
 
+    @abstractmethod
     def operand_codes(self) -> tuple[Tensor, Tensor]:
         """Step (float32) and width (uint8) of every column of the operand, ``[out]``."""
-        raise NotImplementedError
 
+    @abstractmethod
     def input_bits(self) -> Tensor | int:
         """Width of the input, per node or one number (32 while it is not quantized)."""
-        raise NotImplementedError
 
     def feature_maps(self, name: str, nodes: int, aggregates: bool) -> list[FeatureMap]:
         """The maps of this layer, for the bookkeeping of NUMERICS 3."""
