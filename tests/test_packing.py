@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -75,3 +76,16 @@ def test_round_trip(widths, features, signed, random):
     data = packing.pack_reference(codes, pos, counts)
     assert data.numel() % packing.ALIGN == 0
     assert_bitwise(packing.unpack_reference(data, pos, counts, features, signed), codes)
+
+
+def test_addresses_beyond_31_bits():
+    """Rows that no test could allocate: 3 million of 1,024 codes of 8 bits, then 3 million of 4 bits."""
+    from qgnn.kernels.cpu.common import buckets_of, place
+
+    counts, features = [3_000_000, 3_000_000, 0, 0, 0], 1024
+    starts = packing.bucket_starts(counts, features)
+    assert starts[1] == 3_000_000 * 1024 > 2**31
+    buckets, everywhere = buckets_of(counts, features), np.empty(0, np.int32)
+    assert place(buckets, everywhere, 2_999_999) == (8, 2_999_999 * 1024, 1024)
+    assert place(buckets, everywhere, 5_999_999) == (4, 3_000_000 * 1024 + 2_999_999 * 512, 512)
+    assert starts[-1] == 3_000_000 * (1024 + 512)
