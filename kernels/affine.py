@@ -47,5 +47,5 @@ def fake_quantize_affine(
 
 
 @fake_quantize_affine.register_fake
-def _(x, scale, zero, bits, protect):  # type: ignore[no-untyped-def]
+def _(x: Tensor, scale: Tensor, zero: Tensor, bits: int, protect: Tensor | None) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), x.new_empty((x.shape[0], (x.shape[1] + 7) // 8), dtype=torch.uint8)

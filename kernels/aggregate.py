@@ -84,7 +84,9 @@ def aggregate(
 
 
 @aggregate.register_fake
-def _(indptr, indices, schedule, x, weight, reduce):  # type: ignore[no-untyped-def]
+def _(
+    indptr: Tensor, indices: Tensor, schedule: Sequence[Tensor], x: Tensor, weight: Tensor | None, reduce: str
+) -> tuple[Tensor, Tensor]:
     out = x.new_empty((indptr.shape[0] - 1, x.shape[1]))
     return out, out.new_empty(out.shape if reduce in ("max", "min") else 0, dtype=indptr.dtype)
 
@@ -113,7 +115,7 @@ def aggregate_arg_backward(
 
 
 @aggregate_arg_backward.register_fake
-def _(indptr, indices, edges, grad, arg, weight):  # type: ignore[no-untyped-def]
+def _(indptr: Tensor, indices: Tensor, edges: Tensor, grad: Tensor, arg: Tensor, weight: Tensor | None) -> Tensor:
     return grad.new_empty((indptr.shape[0] - 1, grad.shape[1]))
 
 
@@ -134,7 +136,7 @@ def edge_dot(rows: Tensor, indices: Tensor, x: Tensor, grad: Tensor, arg: Tensor
 
 
 @edge_dot.register_fake
-def _(rows, indices, x, grad, arg):  # type: ignore[no-untyped-def]
+def _(rows: Tensor, indices: Tensor, x: Tensor, grad: Tensor, arg: Tensor | None) -> Tensor:
     return x.new_empty(rows.shape[0], dtype=compute_dtype(x))
 
 
@@ -185,10 +187,12 @@ def aggregate_packed(
 
 
 @aggregate_packed.register_fake
-def _(  # type: ignore[no-untyped-def]
-    indptr, indices, schedule, x, container, sources, features, signed, output, row_scale, col_scale, bias, relu, out_step, out_bits,
-    out_pos, out_counts, out_signed,
-):  # fmt: skip
+def _(
+    indptr: Tensor, indices: Tensor, schedule: Sequence[Tensor], x: Tensor, container: int, sources: int, features: int, signed: bool,
+    output: str, row_scale: Tensor | None, col_scale: Tensor | None, bias: Tensor | None, relu: bool,
+    out_step: Tensor | None, out_bits: Tensor | None,
+    out_pos: Tensor | None, out_counts: Sequence[int], out_signed: bool,
+) -> Tensor:  # fmt: skip
     if output == "packed":
         return x.new_empty(bucket_starts(out_counts, features)[-1])
     return x.new_empty((indptr.shape[0] - 1, features), dtype=torch.int32 if output == "acc" else torch.float32)
@@ -220,5 +224,8 @@ def aggregate_rows(
 
 
 @aggregate_rows.register_fake
-def _(indptr, indices, schedule, x, pos, counts, features, signed, step, weight, row_scale, bias, relu):  # type: ignore[no-untyped-def]
+def _(
+    indptr: Tensor, indices: Tensor, schedule: Sequence[Tensor], x: Tensor, pos: Tensor | None, counts: Sequence[int], features: int, signed: bool,
+    step: Tensor, weight: Tensor | None, row_scale: Tensor | None, bias: Tensor | None, relu: bool,
+) -> Tensor:  # fmt: skip
     return step.new_empty((indptr.shape[0] - 1, features))

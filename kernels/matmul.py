@@ -71,10 +71,12 @@ def matmul_packed(
 
 
 @matmul_packed.register_fake
-def _(  # type: ignore[no-untyped-def]
-    x, x_pos, x_counts, x_signed, x_zero, w, w_container, features, columns, output, row_scale, col_scale, bias, relu, out_step, out_bits,
-    out_container,
-):  # fmt: skip
+def _(
+    x: Tensor, x_pos: Tensor | None, x_counts: Sequence[int], x_signed: bool, x_zero: int, w: Tensor, w_container: int, features: int, columns: int,
+    output: str, row_scale: Tensor | None, col_scale: Tensor | None, bias: Tensor | None, relu: bool,
+    out_step: Tensor | None, out_bits: Tensor | None,
+    out_container: int,
+) -> Tensor:  # fmt: skip
     n = sum(x_counts)
     if output == "packed":
         return x.new_empty(bucket_starts(uniform_counts(n, out_container), columns)[-1])
@@ -114,5 +116,14 @@ def matmul_transposed(
 
 
 @matmul_transposed.register_fake
-def _(x, pos, counts, signed, zero, features, scale, grad):  # type: ignore[no-untyped-def]
+def _(
+    x: Tensor,
+    pos: Tensor | None,
+    counts: Sequence[int],
+    signed: bool,
+    zero: int,
+    features: int,
+    scale: Tensor,
+    grad: Tensor,
+) -> Tensor:
     return grad.new_empty((features, grad.shape[1]))

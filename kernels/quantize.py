@@ -113,7 +113,16 @@ def quantize(
 
 
 @quantize.register_fake
-def _(x, step, bits, row, signed, pos, counts, gradients):  # type: ignore[no-untyped-def]
+def _(
+    x: Tensor,
+    step: Tensor,
+    bits: Tensor,
+    row: bool,
+    signed: bool,
+    pos: Tensor | None,
+    counts: Sequence[int],
+    gradients: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     n, f = x.shape
     data = x.new_empty(bucket_starts(counts, f)[-1], dtype=torch.uint8)
     clip = x.new_empty((n, (f + 7) // 8), dtype=torch.uint8)
@@ -142,7 +151,9 @@ def fake_quantize(
 
 
 @fake_quantize.register_fake
-def _(x, step, bits, row, signed, gradients):  # type: ignore[no-untyped-def]
+def _(
+    x: Tensor, step: Tensor, bits: Tensor, row: bool, signed: bool, gradients: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     n, f = x.shape
     g = x.new_empty((n if row else f) if gradients else 0, dtype=compute_dtype(x))
     return x.new_empty((n, f)), x.new_empty((n, (f + 7) // 8), dtype=torch.uint8), g, torch.empty_like(g)
@@ -169,7 +180,7 @@ def fake_quantize_backward(
 
 
 @fake_quantize_backward.register_fake
-def _(grad, x, step, bits, row, signed):  # type: ignore[no-untyped-def]
+def _(grad: Tensor, x: Tensor, step: Tensor, bits: Tensor, row: bool, signed: bool) -> tuple[Tensor, Tensor, Tensor]:
     g = x.new_empty(x.shape[0] if row else x.shape[1], dtype=compute_dtype(x))
     return grad.new_empty(grad.shape), g, torch.empty_like(g)
 
@@ -185,7 +196,7 @@ def mask_clipped(grad: Tensor, clip: Tensor) -> Tensor:
 
 
 @mask_clipped.register_fake
-def _(grad, clip):  # type: ignore[no-untyped-def]
+def _(grad: Tensor, clip: Tensor) -> Tensor:
     return grad.new_empty(grad.shape)
 
 
@@ -221,5 +232,14 @@ def dequantize(
 
 
 @dequantize.register_fake
-def _(data, step, row, signed, zero, pos, counts, features):  # type: ignore[no-untyped-def]
+def _(
+    data: Tensor,
+    step: Tensor,
+    row: bool,
+    signed: bool,
+    zero: int,
+    pos: Tensor | None,
+    counts: Sequence[int],
+    features: int,
+) -> Tensor:
     return step.new_empty((sum(counts), features))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -67,7 +68,7 @@ def aggregation(graph_name: str, features: int, device: str, rounds: int) -> Ite
         candidates["pyg-scatter-fp32"] = lambda: scatter(x[edge_index[0]], edge_index[1], 0, n, "sum")
     candidates["qgnn-fp32"] = lambda: ops.aggregate(graph, x)
     for name, q in packed.items():
-        candidates[name] = lambda q=q: ops.aggregate(graph, q)  # type: ignore[misc]
+        candidates[name] = partial(ops.aggregate, graph, q)
     tolerance = max(graph.max_degree, 1) * 2.0**-24 * 4
     expected = csr @ x
     for name, run in candidates.items():
@@ -90,7 +91,7 @@ def product(n: int, k: int, m: int, device: str, rounds: int) -> Iterator[Row]:
         "torch-int-mm": lambda: torch._int_mm(x8, w8),
     }
     for name, q in xs.items():
-        candidates[name] = lambda q=q: ops.matmul(q, wq)  # type: ignore[misc]
+        candidates[name] = partial(ops.matmul, q, wq)
     if not torch.equal(ops.matmul(xs["qgnn-int8"], wq).acc, torch._int_mm(x8, w8)):
         raise RuntimeError("the packed product differs from torch._int_mm; its time would mean nothing")
     for name, timing in paired(candidates, rounds, device=device).items():

@@ -33,7 +33,10 @@ class _Recorder(TorchFunctionMode):
     def __init__(self, layers: dict[nn.Module, str], edges: Tensor | Graph) -> None:
         super().__init__()
         self.edges = edges
-        self.layers, self.steps, self.inputs, self.operands = layers, [], {}, {}  # type: ignore[var-annotated]
+        self.layers = layers
+        self.steps: list[str | GCNConv | Linear] = []
+        self.inputs: dict[nn.Module, Tensor] = {}
+        self.operands: dict[nn.Module, Tensor] = {}
         self.current: Tensor | None = None
         self.inside = 0
 
@@ -61,10 +64,12 @@ class _Recorder(TorchFunctionMode):
         return out
 
     def enter(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        assert isinstance(layer, GCNConv | Linear), "only these have hooks"
         if self.inside == 0:
             name = self.layers[layer]
-            given = dict(zip(("x", "edge_index", "edge_weight"), args, strict=False)) | kwargs
-            if given["x"] is not self.current:
+            given: dict[str, Any] = dict(zip(("x", "edge_index", "edge_weight"), args, strict=False)) | kwargs
+            x: Tensor = given["x"]
+            if x is not self.current:
                 raise ValueError(
                     f"layer {name} does not take the output of the layer before it; freeze takes chains, without skip connections"
                 )
@@ -76,9 +81,9 @@ class _Recorder(TorchFunctionMode):
                 )
             if layer in self.inputs:
                 raise ValueError(f"layer {name} is used twice; freeze takes chains")
-            if isinstance(layer, GCNConv | Linear) and layer.quantizer is not None and layer.quantizer.kind == "new":
+            if layer.quantizer is not None and layer.quantizer.kind == "new":
                 raise ValueError(f"layer {name} has seen no data, so it has no steps yet; train the model first")
-            self.inputs[layer] = given["x"]
+            self.inputs[layer] = x
             self.steps.append(layer)
         self.inside += 1
 

@@ -273,7 +273,7 @@ class IntegerModel(nn.Module):
         self._places: weakref.WeakKeyDictionary[Graph, list[_Place]] = weakref.WeakKeyDictionary()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> IntegerModel:
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch leaves Module._apply untyped
         self._places.clear()
         device = self.chain[0].weight.device
         if self.bound is not None and self.bound.x.device != device:

@@ -244,6 +244,7 @@ def check_headroom(g: Graph, magnitude_bits: int = 7) -> None:
 class IntegerProduct(Tensor):
     """The float32 result ``[N, M]`` of :func:`matmul`. Operations on it give plain tensors."""
 
+    # torch's own way to keep a subclass out of results; its stub types it as a function, not a method
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
     operands: tuple[QTensor, QTensor]
 

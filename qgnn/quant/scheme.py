@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 Method = Literal["fp32", "qat", "dq", "a2q"]
 
@@ -49,7 +49,7 @@ SCHEMES = {
 """Named schemes. Ranges: the 0.1 % of Degree-Quant's paper at 8 bits, the 1 % of its released code at 4; docs/accuracy.md compares the variants.
 int8 and int4 take suffixes for the variants of Degree-Quant's table 1: -clip or -ste, -minmax or -momentum, -extremes or -percentile."""
 
-_SUFFIXES: dict[str, dict[str, object]] = {
+_SUFFIXES: dict[str, dict[str, Any]] = {
     "clip": {"ste": "clip"},
     "ste": {"ste": "pass"},
     "minmax": {"observer": "minmax"},
@@ -79,5 +79,5 @@ def parse(name: str | Scheme) -> Scheme:
         if sum(suffixes.count(suffix) for suffix in pair) > 1:
             raise ValueError(f"scheme {name!r} says -{pair[0]} or -{pair[1]} more than once")
     for suffix in suffixes:
-        scheme = replace(scheme, **_SUFFIXES[suffix])  # type: ignore[arg-type]
+        scheme = replace(scheme, **_SUFFIXES[suffix])
     return replace(scheme, name=name)
