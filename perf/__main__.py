@@ -12,8 +12,8 @@ import pandas as pd
 import torch
 
 from .. import __version__
-from ..data import load
-from . import kernels
+from ..data import Dataset, load
+from . import kernels, quantizers
 from .kernels import Row
 from .train_step import train_steps
 
@@ -74,12 +74,13 @@ def main(arguments: list[str] | None = None) -> int:
         description=__doc__,
         epilog="example: python -m qgnn.perf --suite train-step --dataset Cora",
     )
-    parser.add_argument("--suite", choices=("kernels", "train-step", "all"), default="all")
+    parser.add_argument("--suite", choices=("kernels", "quantizers", "train-step", "all"), default="all")
     parser.add_argument(
         "--graphs", default="powerlaw:169343,2332486", help="synthetic graphs of the aggregation, separated by spaces"
     )
     parser.add_argument("--features", type=int, default=128)
     parser.add_argument("--dataset", default="digits", help="data set of the training steps")
+    parser.add_argument("--model", default="gcn", help="model of the training steps: gcn, gat or gin")
     parser.add_argument("--schemes", default="fp32,dq-int8,a2q")
     parser.add_argument("--hidden", type=int)
     parser.add_argument("--rounds", type=int, default=20)
@@ -91,12 +92,20 @@ def main(arguments: list[str] | None = None) -> int:
             rows += kernels.aggregation(graph, options.features, device, options.rounds)
         for shape in kernels.PRODUCTS:
             rows += kernels.product(*shape, device, options.rounds)
+    if options.suite in ("quantizers", "all"):
+        for tail in quantizers.TAILS:
+            rows += quantizers.order_statistics(*tail, device, options.rounds)
+        for groups in quantizers.NEAREST:
+            rows += quantizers.nearest(*groups, device, options.rounds)
     if options.suite in ("train-step", "all"):
         dataset = load(options.dataset)
+        if not isinstance(dataset, Dataset):
+            raise ValueError(f"{dataset.name} has many graphs; --dataset takes one graph, such as Cora")
         for timings in train_steps(
-            dataset, options.schemes.split(","), options.hidden, options.rounds, device
+            dataset, options.model, options.schemes.split(","), options.hidden, options.rounds, device
         ).values():
-            rows += [Row("train-step", dataset.name, name, timing) for name, timing in timings.items()]
+            trained = f"{dataset.name} {options.model}"
+            rows += [Row("train-step", trained, name, timing) for name, timing in timings.items()]
     table = pd.DataFrame([record(row, device) for row in rows])
     print(f"{device_name(device)}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     print("ratio: time of the first candidate over this one's, quantiles 20, 50, 80 %")

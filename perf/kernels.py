@@ -17,7 +17,7 @@ from torch import Tensor
 from torch_geometric.utils import scatter
 
 from .. import ops
-from ..data import load
+from ..data import Dataset, load
 from ..graph import Graph
 from ..qtensor import QTensor
 from .timing import Timing, paired
@@ -48,7 +48,10 @@ def _check(name: str, result: Tensor, expected: Tensor, tolerance: float) -> Non
 def aggregation(graph_name: str, features: int, device: str, rounds: int) -> Iterator[Row]:
     """Sum over neighbours. FP32 sums in another order may differ by rounding: ``max degree * 2^-24`` relative; integers are exact, their values
     are compared with the dequantized operand's FP32 sum at the same tolerance."""
-    data = load(graph_name).data
+    dataset = load(graph_name)
+    if not isinstance(dataset, Dataset):
+        raise ValueError(f"{dataset.name} has many graphs; an aggregation is timed on one")
+    data = dataset.data
     assert isinstance(data.edge_index, Tensor)
     graph = Graph.from_edge_index(data.edge_index, int(data.num_nodes or 0)).to(device)
     n, x = (

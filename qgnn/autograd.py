@@ -11,9 +11,20 @@ from torch.autograd.function import once_differentiable
 from .graph import Graph
 from .kernels.affine import fake_quantize_affine
 from .kernels.aggregate import aggregate, aggregate_arg_backward, edge_dot
+from .kernels.attention import edge_softmax, edge_softmax_backward, gat_aggregate, gat_backward
 from .kernels.matmul import matmul_transposed
+from .kernels.nearest import fake_quantize_nearest, group_sums, group_table
 from .kernels.packing import pack_bits_reference, uniform_counts
-from .kernels.quantize import dequantize, fake_quantize, fake_quantize_backward, mask_clipped, quantize
+from .kernels.quantize import (
+    compute_dtype,
+    dequantize,
+    fake_quantize,
+    fake_quantize_backward,
+    largest_code,
+    mask_clipped,
+    quantize,
+)
+from .kernels.scatter import segment_gather, segment_mul_backward, segment_reduce
 
 TRAINING_CONTAINER = 8
 """Container of the codes that training keeps: widths change at every step, and asking a GPU for them would cost a synchronisation."""
@@ -55,6 +66,38 @@ class FakeQuantize(torch.autograd.Function):
             grad_step.to(ctx.dtypes[0]) if ctx.needs_input_grad[1] else None,
             grad_bits.to(ctx.dtypes[1]) if ctx.needs_input_grad[2] else None,
             *[None] * 5,
+        )
+
+
+class FakeQuantizeNearest(torch.autograd.Function):
+    """A2Q's Nearest Neighbor Strategy (NUMERICS 4): every row is quantized by the nearest of ``m`` groups, and a group gets the global gradients
+    (A2Q eq. 3, 4) of the rows that used it. Keeps ``x`` for them; where no group learns, the clip bits, if gradients are masked."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, step: Tensor, bits: Tensor, widths: Tensor, signed: bool, masked: bool
+    ) -> tuple[Tensor, Tensor]:
+        ctx.signed, ctx.masked, ctx.dtypes = signed, masked, (step.dtype, bits.dtype)
+        ctx.learns = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
+        q_max = step * largest_code(widths, signed)
+        out, clip, group = fake_quantize_nearest(x, *group_table(q_max), step, widths, signed)
+        ctx.mark_non_differentiable(group)
+        ctx.save_for_backward(*((x, step, widths, group) if ctx.learns else (clip,) if masked else ()))
+        return out, group
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        if not ctx.learns:
+            return mask_clipped(grad, *ctx.saved_tensors) if ctx.masked else grad, *[None] * 5
+        x, step, widths, group = ctx.saved_tensors
+        grad_x, *of_rows = fake_quantize_backward(grad, x, step[group], widths[group], True, ctx.signed)
+        grad_step, grad_bits = group_sums(group, *of_rows, step.numel())
+        return (
+            (grad_x if ctx.masked else grad) if ctx.needs_input_grad[0] else None,
+            grad_step.to(ctx.dtypes[0]) if ctx.needs_input_grad[1] else None,
+            grad_bits.to(ctx.dtypes[1]) if ctx.needs_input_grad[2] else None,
+            *[None] * 3,
         )
 
 
@@ -126,6 +169,20 @@ class ReluDropout(torch.autograd.Function):
         return mask_clipped(grad.contiguous(), *ctx.saved_tensors) * ctx.scale, None
 
 
+class Sign(torch.autograd.Function):
+    """1 for ``x >= 0``, else -1; the gradient passes where ``|x| <= 1`` (Bi-GCN's straight-through estimator). One bit per element is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(pack_bits_reference(x.abs() > 1))
+        return torch.where(x >= 0, 1.0, -1.0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return mask_clipped(grad.contiguous(), *ctx.saved_tensors)
+
+
 class Aggregate(torch.autograd.Function):
     """Gather-aggregate; the gradient of x runs over the transposed graph. ``weight`` is in CSR order."""
 
@@ -156,3 +213,102 @@ class Aggregate(torch.autograd.Function):
         if ctx.needs_input_grad[1] and weight is not None:
             grad_weight = edge_dot(graph.rows, graph.indices, x, grad, arg).to(weight.dtype)
         return grad_x, grad_weight, None, None
+
+
+class EdgeSoftmax(torch.autograd.Function):
+    """Softmax over the in-edges of every node; ``scores`` ``[E, H]`` in CSR order. Keeps its result."""
+
+    @staticmethod
+    def forward(ctx: Any, scores: Tensor, graph: Graph) -> Tensor:
+        alpha = edge_softmax(graph.indptr, graph.rows, list(graph.schedule), scores)
+        ctx.graph = graph
+        ctx.save_for_backward(alpha)
+        return alpha
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        graph: Graph = ctx.graph
+        (alpha,) = ctx.saved_tensors
+        return edge_softmax_backward(graph.indptr, graph.rows, list(graph.schedule), alpha, grad.contiguous()), None
+
+
+class GatAggregate(torch.autograd.Function):
+    """Graph attention and its aggregation (:mod:`qgnn.kernels.attention`); edge tensors ``[E, H]`` in CSR order. Keeps its operands, its result and
+    two numbers for each node and head; ``scale`` takes no gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        src: Tensor,
+        dst: Tensor,
+        edge_score: Tensor | None,
+        scale: Tensor | None,
+        graph: Graph,
+        negative_slope: float,
+    ) -> Tensor:
+        structure = (graph.indptr, graph.indices, graph.rows, list(graph.schedule))
+        out, top, total = gat_aggregate(*structure, x, src, dst, edge_score, scale, negative_slope)
+        ctx.graph, ctx.negative_slope = graph, negative_slope
+        ctx.save_for_backward(x, src, dst, edge_score, scale, out, top, total)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        graph: Graph = ctx.graph
+        indptr, indices, edges, schedule = graph.transposed
+        structure = (graph.indptr, graph.indices, graph.rows, list(graph.schedule), [indptr, indices, edges, *schedule])
+        gradients = gat_backward(*structure, grad.contiguous(), *ctx.saved_tensors, ctx.negative_slope)
+        operands = ctx.saved_tensors[:4]
+        wanted = [
+            g.to(t.dtype) if needed else None
+            for g, t, needed in zip(gradients, operands, ctx.needs_input_grad, strict=False)
+        ]
+        return *wanted, None, None, None
+
+
+class SegmentReduce(torch.autograd.Function):
+    """Reduces groups of rows (:mod:`.kernels.scatter`). max and min give the gradient to the first row among equals."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, indptr: Tensor, indices: Tensor, reduce: str) -> Tensor:
+        out, arg = segment_reduce(indptr, indices, x, reduce)
+        ctx.reduce = reduce
+        ctx.save_for_backward(indptr, indices, x if reduce == "mul" else arg)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        indptr, indices, kept = ctx.saved_tensors
+        if ctx.reduce == "mul":
+            grad_x = segment_mul_backward(indptr, indices, grad, kept)
+        elif ctx.reduce in ("max", "min"):
+            # A row belongs to one group, so nothing is written twice, but for the gradients of empty groups, behind the last row.
+            rows = indices.numel()
+            taken = torch.cat([indices, indices.new_full((1,), rows)])[kept.long()].long()
+            grad_x = grad.new_zeros(rows + 1, grad.size(1)).scatter_(0, taken, grad)[:-1]
+        else:
+            if ctx.reduce == "mean":
+                wide = compute_dtype(grad)  # a count may be more than float16 holds
+                count = (indptr[1:] - indptr[:-1]).clamp_min(1).to(wide).unsqueeze(1)
+                grad = (grad.to(wide) / count).to(grad.dtype)
+            grad_x = segment_gather(indptr, indices, grad)
+        return grad_x, None, None, None
+
+
+class SegmentGather(torch.autograd.Function):
+    """Gives every member its group's row."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, indptr: Tensor, indices: Tensor) -> Tensor:
+        ctx.save_for_backward(indptr, indices)
+        return segment_gather(indptr, indices, x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        indptr, indices = ctx.saved_tensors
+        return segment_reduce(indptr, indices, grad, "sum")[0], None, None

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
 import json
-import re
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict
+from contextlib import contextmanager, nullcontext
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
@@ -38,6 +35,8 @@ app = typer.Typer(
 _UsageProblem: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
 
 JsonOption = Annotated[str | None, typer.Option("--json", metavar="F", help="Write JSON to this file; - is stdout.")]
+DataRootOption = Annotated[Path | None, typer.Option(help="Folder of the data sets; else QGNN_DATA, else ./data.")]
+DeviceOption = Annotated[Literal["cpu", "cuda"], typer.Option(help="Where to train.")]
 
 
 def main() -> None:
@@ -75,7 +74,7 @@ def _console(json_to: str | None) -> Console:
 
 
 @contextmanager
-def _progress() -> Iterator[Callable[[str, int, int], None]]:
+def _progress() -> Iterator[Callable[[str, float, int], None]]:
     """A progress bar on stderr; none when that is not a terminal. Yields ``show(what, done, total)``."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -86,7 +85,7 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
         task = bar.add_task("", total=None)
         shown = ""
 
-        def show(what: str, done: int, total: int) -> None:
+        def show(what: str, done: float, total: int) -> None:
             nonlocal shown
             if what != shown:
                 bar.reset(task)  # or the time remaining would be estimated from the task before
@@ -122,9 +121,9 @@ class _JsonLines:
 # train
 
 _ROWS = (
-    ("test accuracy, %", "test_acc", ".2f"),
-    ("validation accuracy, %", "val_acc", ".2f"),
-    ("best over epochs (the papers' protocol), %", "test_acc_best_over_epochs", ".2f"),
+    ("test {metric}", "test_acc", ".2f"),
+    ("validation {metric}", "val_acc", ".2f"),
+    ("best over epochs (the papers' protocol)", "test_acc_best_over_epochs", ".2f"),
     ("average bits", "average_bits", ".2f"),
     ("average bits, weighted by dimension", "average_bits_dim", ".2f"),
     ("average bits, all feature maps", "average_bits_all", ".2f"),
@@ -134,29 +133,42 @@ _ROWS = (
     ("bytes of the feature maps at FP32", "fp32_bytes", ",.0f"),
     ("ms a training step", "train_step_ms", ".2f"),
     ("peak memory of a step, bytes", "peak_memory_bytes", ",.0f"),
-    ("integer model: test accuracy, %", "integer_test_acc", ".2f"),
+    ("integer model: test {metric}", "integer_test_acc", ".2f"),
     ("integer model: nodes predicted otherwise", "integer_mismatches", ".0f"),
     ("integer model: codes that ties decide", "integer_ties", ".0f"),
     ("integer model: largest relative difference", "integer_max_relative", ".1e"),
 )
 
 
+_METRICS = {
+    "accuracy": "accuracy, %",
+    "f1": "micro-F1, %",
+    "ap": "average precision, %",
+    "hits@50": "Hits@50, %",
+    "mae": "mean absolute error",
+}
+
+
 def _table(summary: pd.DataFrame) -> Table:
-    """One column for each (dataset, model, scheme): mean ± sample standard deviation over seeds."""
+    """One column for each (dataset, model, scheme): mean ± sample standard deviation over seeds and folds."""
     from rich.table import Table
 
     rows = summary.to_dict("records")
-    table = Table("mean ± standard deviation over seeds")
+    metric = " or ".join(dict.fromkeys(_METRICS[row["metric"]] for row in rows))
+    digits = ".4f" if "mae" in summary["metric"].values else ".2f"
+    table = Table("mean ± standard deviation over runs")
     for row in rows:
         table.add_column(f"{row['dataset']} {row['model']} {row['scheme']}", justify="right", no_wrap=True)
     table.add_row("seeds", *(str(row["seeds"]) for row in rows))
-    for label, field, form in _ROWS:
+    table.add_row("runs: seeds x folds", *(str(row["runs"]) for row in rows))
+    for label, field, usual in _ROWS:
+        form = digits if "_acc" in field else usual
         cells = []
         for row in rows:
             mean, deviation = row[field], row[f"{field}_sd"]
             cell = "" if mean != mean else f"{mean:{form}}"
             cells.append(cell if deviation != deviation else f"{cell} ± {deviation:{form}}")
-        table.add_row(label, *cells)
+        table.add_row(label.format(metric=metric), *cells)
     return table
 
 
@@ -182,29 +194,6 @@ def _integer_table(report: FreezeReport, seed: int) -> Table:
     return table
 
 
-@contextmanager
-def _alone(out: Path | None) -> Iterator[None]:
-    """Keeps a second ``qgnn train`` out of the same folder, where it would repeat the same seeds."""
-    if out is None:
-        yield
-        return
-    with (out / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"another qgnn train is running in {out}; wait for it or choose another --out") from None
-        yield
-
-
-def _folder(path: Path) -> Path:
-    try:
-        for name in ("checkpoints", "models"):
-            (path / name).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"--out {path}: the folder cannot be made ({error.strerror})") from error
-    return path
-
-
 def _settings(pairs: list[str]) -> dict[str, str]:
     """The settings of ``--set``."""
     for pair in pairs:
@@ -215,87 +204,135 @@ def _settings(pairs: list[str]) -> dict[str, str]:
 
 @app.command(
     epilog="Example: qgnn train --dataset Cora --scheme a2q --seeds 10 --out out/cora",
-    help="Train a model once per seed, and print means over seeds.",
+    help="Train a model once per seed and fold, and print means over these runs.",
 )
 def train(
     dataset: Annotated[
-        str, typer.Option(help="Cora, CiteSeer, PubMed, digits, powerlaw:N,E or rmat:SCALE,EDGEFACTOR.")
+        str,
+        typer.Option(
+            help="Cora, CiteSeer, PubMed, digits, digits-superpixels, powerlaw:N,E, rmat:SCALE,EDGEFACTOR, a TUDataset such as MUTAG, or another "
+            "of those that an unknown name lists."
+        ),
     ],
-    model: Annotated[str, typer.Option(help="gcn.")] = "gcn",
+    model: Annotated[str, typer.Option(help="gcn, gat, gin or sage.")] = "gcn",
     scheme: Annotated[
-        str, typer.Option(help="fp32, int8, int4, nqat-int8, nqat-int4, dq-int8, dq-int4 or a2q.")
+        str,
+        typer.Option(
+            help="fp32, fp16, int8, int4, nqat-int8, nqat-int4, dq-int8, dq-int4, a2q, a2q-nns (many graphs) or bi; suffixes choose variants."
+        ),
     ] = "a2q",
     seeds: Annotated[int, typer.Option(metavar="K", min=1, help="Seeds 0 to K-1, one run each.")] = 1,
-    data_root: Annotated[
-        Path | None, typer.Option(help="Folder of the data sets; else QGNN_DATA, else ./data.")
+    folds: Annotated[
+        int | None,
+        typer.Option(metavar="K", min=1, help="Folds 0 to K-1 of a data set that has folds, one run each; else all."),
     ] = None,
+    data_root: DataRootOption = None,
     epochs: Annotated[int | None, typer.Option(min=1, help="Epochs; else the recipe's.")] = None,
     hidden: Annotated[int | None, typer.Option(min=1, help="Width of the hidden layers; else the recipe's.")] = None,
     settings: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Another number in the recipe, such as distill=0; repeatable."),
     ] = None,
-    device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Where to train.")] = "cpu",
+    device: DeviceOption = "cpu",
     json_to: JsonOption = None,
     out: Annotated[
         Path | None, typer.Option(help="Keep results and checkpoints here; the same command resumes.")
     ] = None,
 ) -> None:
-    """Runs ``seeds`` trainings; finished ones that lie in ``out`` are not repeated."""
-    running = 0
+    """Runs ``seeds`` trainings of each fold; finished ones that lie in ``out`` are not repeated."""
+    running = "the start"
 
     def interrupted() -> str:
         if out is None:
-            return (
-                f"interrupted at seed {running}; nothing was kept. With --out DIR, the same command again resumes there"
-            )
-        return f"interrupted at seed {running}; the same command again resumes there, from {out}"
+            return f"interrupted at {running}; nothing was kept. With --out DIR, the same command again resumes there"
+        return f"interrupted at {running}; the same command again resumes there, from {out}"
 
     with _one_line_errors(interrupted):
         from .data import load
+        from .experiments.store import Cell, Store, run
         from .quant.scheme import parse
         from .recipes import recipe_for
-        from .results import append, read, summary
-        from .serialize import save
+        from .results import summary
+        from .tasks import fold_count
         from .train import TrainingError
-        from .train import train as run_training
 
         parsed = parse(scheme)
         lines = _JsonLines(json_to)
         loaded = load(dataset, data_root)
         recipe = recipe_for(model, parsed, loaded).changed(epochs, hidden, _settings(settings or []))
-        identity = {"dataset": loaded.name, "model": model, "scheme": parsed.name, "recipe": asdict(recipe)}
-        digest = hashlib.sha256(json.dumps(identity["recipe"], sort_keys=True).encode()).hexdigest()[:12]
-        place = re.sub(r"[^\w.-]+", "-", f"{loaded.name}_{model}_{parsed.name}_{digest}")
-        results = None if out is None else _folder(out) / "results.jsonl"
-        earlier = [] if results is None else read(results)
-        finished = {r.get("seed"): r for r in earlier if all(r.get(k) == v for k, v in identity.items())}
+        several = fold_count(loaded)
+        if folds is not None and folds > several:
+            raise ValueError(f"--folds {folds} asks for more folds than {loaded.name} has, {several}")
+        store = None if out is None else Store(out)
+        finished = {} if store is None else store.finished()
         records: list[dict[str, Any]] = []
-        run: Run | None = None
-        with _alone(out), _progress() as show:
-            for running in range(seeds):
-                record = finished.get(running)
+        last: Run | None = None
+        with nullcontext() if store is None else store.alone(), _progress() as show:
+            for seed, fold in product(range(seeds), range(folds or several)):
+                cell = Cell(loaded.name, model, parsed.name, recipe, seed, fold)
+                running = f"seed {seed}, fold {fold}" if several > 1 else f"seed {seed}"
+                record = finished.get(cell.key)
                 if record is None:
-                    what = f"{loaded.name} {model} {scheme}, seed {running} of 0..{seeds - 1}"
-                    checkpoint = None if out is None else out / "checkpoints" / f"{place}_seed{running}.pt"
+                    what = f"{loaded.name} {model} {scheme}, {running}"
                     try:
-                        run = run_training(
-                            loaded, model, scheme, running, recipe=recipe, device=device, checkpoint=checkpoint,
-                            progress=partial(show, what),
-                        )  # fmt: skip
+                        last = run(cell, loaded, store, device, partial(show, what))
                     except TrainingError as error:
                         _stop(error, 1)
-                    record = run.record
-                    if run.frozen is not None and out is not None:
-                        save(run.frozen, out / "models" / f"{place}_seed{running}.safetensors")
-                    if results is not None:
-                        append(results, record)
+                    record = last.record
+                    if store is not None:
+                        store.keep(cell, record)
                 lines.write(record)
                 records.append(record)
         console = _console(json_to)
         console.print(_table(summary(records)))
-        if run is not None and run.frozen is not None and run.frozen.report is not None:
-            console.print(_integer_table(run.frozen.report, running))
+        if last is not None and last.frozen is not None and last.frozen.report is not None:
+            console.print(_integer_table(last.frozen.report, last.record["seed"]))
+
+
+# reproduce
+
+
+@app.command(
+    epilog="Example: qgnn reproduce a2q-1 --rows 'gcn-cora-*' --seeds 3 --jobs 2",
+    help="Run the rows of a paper's table, and print our numbers beside the printed ones.",
+)
+def reproduce(
+    table: Annotated[
+        str,
+        typer.Argument(help="a2q-1, -2, -3, -8 to -16, dq-1, -2, -3, -9, or a table of your own: PATH.toml."),
+    ],
+    rows: Annotated[
+        str, typer.Option(metavar="IDS", help="Only these rows: ids or patterns such as gcn-*, separated by commas.")
+    ] = "",
+    seeds: Annotated[int, typer.Option(metavar="K", min=1, help="Seeds 0 to K-1, each on every fold.")] = 10,
+    jobs: Annotated[int, typer.Option(metavar="J", min=1, help="Processes that train at the same time.")] = 1,
+    out: Annotated[
+        Path, typer.Option(help="Keep results, checkpoints and tables here; the same command resumes.")
+    ] = Path("out/reproduce"),
+    data_root: DataRootOption = None,
+    device: DeviceOption = "cpu",
+    json_to: JsonOption = None,
+) -> None:
+    """Trains what is not finished in ``out``; all tables that are run there share their runs. ``--json`` gets the rows."""
+    with _one_line_errors(lambda: f"interrupted; the same command again resumes, from {out}"):
+        from .experiments import compare
+        from .experiments import reproduce as engine
+        from .experiments import table as tables
+        from .experiments.store import Store
+
+        chosen = tables.load(table)
+        selected = chosen.select([pattern for pattern in rows.split(",") if pattern])
+        lines = _JsonLines(json_to)
+        store = Store(out)
+        with store.alone(), _progress() as show:
+            plans = engine.plan(chosen, selected, seeds, data_root)
+            for finished in engine.train(plans, store, jobs, data_root, device, partial(show, chosen.name)):
+                entries = compare.write(chosen, plans, finished, out)
+        for entry in entries:
+            lines.write(entry)
+        _console(json_to).print(compare.markdown(chosen, plans, entries), markup=False, soft_wrap=True, end="")
+    if any(plan.failed for plan in plans):
+        raise typer.Exit(1)
 
 
 # info
@@ -342,3 +379,37 @@ def info(json_to: JsonOption = None) -> None:
                 raise ValueError(f"--json {json_to}: cannot be written ({error.strerror})") from error
         for table in _info_tables(found):
             _console(json_to).print(table)
+
+
+# report
+
+
+@app.command(
+    epilog="Example: qgnn report out/cora",
+    help="Make one HTML page of the runs in a folder: tables, accuracy against bits, widths, magnitudes, training curves.",
+)
+def report(
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="What qgnn train --out or qgnn reproduce --out filled.")
+    ],
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="The page; else DIR/report.html.")] = None,
+    json_to: JsonOption = None,
+) -> None:
+    """The page needs no network: styles and plots stand in it. ``--json`` gets its table of means."""
+    with _one_line_errors(lambda: "interrupted; no page was written"):
+        from .report import page, summaries
+        from .trace import write_whole
+
+        target = out or folder / "report.html"
+        if out is not None and not target.absolute().parent.is_dir():
+            raise ValueError(f"--out {out}: the folder does not exist; make it first")
+        lines = _JsonLines(json_to)
+        with _progress() as show:
+            text = page(folder, partial(show, f"plots of {folder}"))
+        try:
+            write_whole(target, text)
+        except OSError as error:
+            raise ValueError(f"{target} cannot be written ({error.strerror}); choose another --out") from error
+        for row in summaries(folder) if json_to is not None else ():
+            lines.write(row)
+        _console(json_to).print(f"wrote {target}", soft_wrap=True, markup=False)

@@ -63,7 +63,7 @@ class Feature:
 
 FEATURES = (
     Feature("peers", "torch-scatter as a peer", {"torch-scatter": "torch_scatter"}, "--no-build-isolation "),
-    Feature("datasets", "OGB, superpixels", {"ogb": "ogb", "scikit-image": "skimage"}),
+    Feature("datasets", "OGB, molecules", {"ogb": "ogb", "rdkit": "rdkit"}),
     Feature("energy", "energy on NVIDIA GPUs", {"nvidia-ml-py": "pynvml"}),
     Feature("sweep", "parameter sweeps", {"optuna": "optuna", "pyarrow": "pyarrow", "ray": "ray"}),
     Feature("scale", "graph partitions", {"pymetis": "pymetis"}),

@@ -51,6 +51,12 @@ class SparseFeatures:
         """The product with ``[F, M]``, differentiable in ``weight``; float32 ``[N, M]``."""
         return ops.aggregate_csr(self.graph, weight, self.values)
 
+    def to_dense(self) -> Tensor:
+        """The same matrix as a tensor ``[N, F]``."""
+        dense = self.values.new_zeros(self.shape)
+        dense[self.graph.rows.long(), self.graph.indices.long()] = self.values
+        return dense
+
     def row_constants(self) -> Tensor | None:
         """The one nonzero value of every row (0 for an empty row), or None when a row has several."""
         rows = self.graph.rows.long()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,6 +28,28 @@ _TAIL: dict[Callable[..., Any], str] = {
 }  # fmt: skip
 
 
+@dataclass(frozen=True)
+class _Affine:
+    """``x * scale + shift``, ``[F]`` each: a batch normalisation in evaluation."""
+
+    scale: Tensor
+    shift: Tensor
+
+    @classmethod
+    def of_batch_norm(
+        cls, input: Tensor, running_mean: Tensor | None, running_var: Tensor | None, weight: Tensor | None = None, bias: Tensor | None = None,
+        training: bool = False, momentum: float = 0.1, eps: float = 1e-5,
+    ) -> _Affine:  # fmt: skip
+        """From the arguments of :func:`torch.nn.functional.batch_norm`."""
+        del input, momentum
+        if training or running_mean is None or running_var is None:
+            raise ValueError(
+                "freeze folds batch normalisation with running statistics, in eval mode; this one has none"
+            )
+        scale = (running_var + eps).rsqrt() * (1 if weight is None else weight)
+        return cls(scale, (0 if bias is None else bias) - running_mean * scale)
+
+
 class _Recorder(TorchFunctionMode):
     """Follows one tensor through a forward pass: layers by hooks, functions by interception. So plain Python forward code needs no tracing."""
 
@@ -34,7 +57,7 @@ class _Recorder(TorchFunctionMode):
         super().__init__()
         self.edges = edges
         self.layers = layers
-        self.steps: list[str | GCNConv | Linear] = []
+        self.steps: list[str | _Affine | GCNConv | Linear] = []
         self.inputs: dict[nn.Module, Tensor] = {}
         self.operands: dict[nn.Module, Tensor] = {}
         self.current: Tensor | None = None
@@ -51,6 +74,8 @@ class _Recorder(TorchFunctionMode):
                 raise ValueError("freeze needs the model in eval mode; a dropout changed its input")
         elif func in _RELU:
             self.steps.append("relu")
+        elif func is F.batch_norm:
+            self.steps.append(_Affine.of_batch_norm(*args, **(kwargs or {})))
         elif func in _TAIL:
             dim = (kwargs or {}).get("dim", args[1] if len(args) > 1 else None)
             if dim not in (-1, 1, None):
@@ -58,7 +83,7 @@ class _Recorder(TorchFunctionMode):
             self.steps.append(_TAIL[func])
         else:
             raise ValueError(
-                f"freeze cannot run {getattr(func, '__name__', func)} on integers; it takes chains of GCNConv, Linear, ReLU and dropout"
+                f"freeze cannot run {getattr(func, '__name__', func)} on integers; it takes chains of GCNConv, Linear, BatchNorm, ReLU and dropout"
             )
         self.current = out
         return out
@@ -102,11 +127,11 @@ class _Recorder(TorchFunctionMode):
 
 def _operand_codes(layer: GCNConv, x: Tensor, edges: Tensor | Graph) -> Tensor:
     """Codes of the operand of the aggregation in the fake-quantized model, ``[N, out]``."""
-    assert layer.quantizer is not None
+    assert layer.quantizer is not None and layer.operand_quantizer is not None
     _, factor, _ = layer.propagation(edges, x.size(0))
-    h = layer.quantizer.linear(x, layer.lin.weight, None)
-    operand = layer.quantizer.operand(h if factor is None else h * factor.unsqueeze(1), None)
-    return torch.round(operand / layer.quantizer.operand_codes()[0])
+    h = layer.quantizer.linear(x, layer.lin.weight)
+    operand = layer.operand_quantizer(h if factor is None else h * factor.unsqueeze(1))
+    return torch.round(operand / layer.operand_quantizer.codes()[0])
 
 
 def _record(model: nn.Module, x: Tensor, edge_index: Tensor | Graph) -> tuple[_Recorder, Tensor]:
@@ -135,7 +160,7 @@ def _record(model: nn.Module, x: Tensor, edge_index: Tensor | Graph) -> tuple[_R
     return recorder, out
 
 
-def _frozen_layer(layer: GCNConv | Linear, name: str, x: Tensor, relu: bool) -> IntegerLayer:
+def _frozen_layer(layer: GCNConv | Linear, name: str, x: Tensor, norm: _Affine | None, relu: bool) -> IntegerLayer:
     quantizer = layer.quantizer
     if quantizer is None or not quantizer.enabled:
         raise ValueError(
@@ -151,12 +176,17 @@ def _frozen_layer(layer: GCNConv | Linear, name: str, x: Tensor, relu: bool) -> 
         tensors |= {"input_step": codes.step.contiguous(), "input_bits": codes.bits.contiguous()}
     if layer.bias is not None:
         tensors["bias"] = layer.bias.detach().float().clone()
-        bad = ~torch.isfinite(tensors["bias"])
+    if norm is not None:
+        tensors["norm_scale"] = norm.scale.detach().float().clone()
+        tensors["bias"] = (norm.shift + norm.scale * tensors.get("bias", 0)).detach().float()
+    for part in ("bias", "norm_scale"):
+        bad = ~torch.isfinite(tensors[part]) if part in tensors else torch.zeros(0, dtype=torch.bool)
         if bool(bad.any()):
-            raise ValueError(f"layer {name}: bias[{int(bad.nonzero()[0, 0])}] is not finite")
+            raise ValueError(f"layer {name}: {part}[{int(bad.nonzero()[0, 0])}] is not finite")
     operand_container, normalize, add_self_loops = 8, False, False
     if isinstance(layer, GCNConv):
-        step, bits = quantizer.operand_codes()
+        assert layer.operand_quantizer is not None, "as the layer has a quantizer"
+        step, bits = layer.operand_quantizer.codes()
         tensors |= {"operand_step": step.contiguous(), "operand_bits": bits.contiguous()}
         operand_container, normalize, add_self_loops = (
             container_of(int(bits.max()), True),
@@ -174,8 +204,8 @@ def freeze(model: nn.Module, data: Data) -> IntegerModel:
     """The integer model of a trained quantized model: at most two kernel launches per GCN layer, on packed codes.
 
     Args:
-        model: what :func:`qgnn.convert` made, trained; its ``forward(x, edge_index)`` is a chain of GCNConv, Linear, ReLU and dropout, and
-            may end in a softmax. It is not changed.
+        model: what :func:`qgnn.convert` made, trained; its ``forward(x, edge_index)`` is a chain of GCNConv, Linear, BatchNorm (folded into the
+            layer before it, A2Q eq. 17), ReLU and dropout, and may end in a softmax. It is not changed.
         data: PyG data with ``x`` and ``edge_index``; they stay bound, so that ``frozen()`` runs on them. Steps and widths per node belong to them.
 
     Returns:
@@ -194,21 +224,30 @@ def freeze(model: nn.Module, data: Data) -> IntegerModel:
     recorder, reference = _record(model, x, edge_index)
     layers: list[IntegerLayer] = []
     tail: list[str] = []
-    for position, step in enumerate(recorder.steps):
+    steps = list(recorder.steps)
+    while steps:
+        step = steps.pop(0)
+        if isinstance(step, _Affine):
+            raise ValueError(
+                "the model applies batch normalisation before its first layer or after a ReLU; integers take layer, BatchNorm, ReLU in this order"
+            )
         if isinstance(step, str):
             if not layers:
                 raise ValueError(f"the model applies {step} before its first layer; apply it to the data instead")
-            if step != "relu":
-                tail.append(step)
-            elif position and isinstance(recorder.steps[position - 1], str):
+            if step == "relu":
                 raise ValueError(
-                    "the model applies a function between a layer and its ReLU; freeze takes layer, ReLU, dropout in this order"
+                    "the model applies a function between a layer and its ReLU; freeze takes layer, BatchNorm, ReLU, dropout in this order"
                 )
+            tail.append(step)
             continue
         if tail:
-            raise ValueError(f"the model applies {tail[0]} between layers; integers run only ReLU there")
-        relu = recorder.steps[position + 1 : position + 2] == ["relu"]
-        layers.append(_frozen_layer(step, recorder.layers[step], recorder.inputs[step], relu))
+            raise ValueError(f"the model applies {tail[0]} between layers; integers run only BatchNorm and ReLU there")
+        norm = steps.pop(0) if steps and isinstance(steps[0], _Affine) else None
+        relu = bool(steps) and steps[0] == "relu"
+        if relu:
+            steps.pop(0)
+        assert norm is None or isinstance(norm, _Affine)
+        layers.append(_frozen_layer(step, recorder.layers[step], recorder.inputs[step], norm, relu))
     if not layers:
         raise ValueError("the model has no GCNConv or Linear of qgnn; convert it first")
     frozen = IntegerModel(layers, tail).bind(x, edge_index)

@@ -225,21 +225,24 @@ class Graph:
         perm = torch.cat([self.perm[~loop], loop_perm])[order]
         return Graph(_narrowed(indptr), indices, perm, self.num_nodes, sort=self.sort, given_edges=self.given_edges)
 
-    def edge_values(self, values: Tensor, fill: float = 1.0) -> Tensor:
-        """The caller's values of the edges ``[given_edges]`` in CSR order ``[E]``; self loops that were added get ``fill``.
+    def edge_values(
+        self, values: Tensor, fill: float = 1.0, *, trailing: tuple[int, ...] = (), name: str = "edge_weight"
+    ) -> Tensor:
+        """The caller's values of the edges ``[given_edges, *trailing]`` in CSR order ``[E, *trailing]``; self loops that were added get ``fill``.
 
         Raises:
-            TypeError, ValueError: ``values`` are not floats, not one for each of the caller's edges, or on another device.
+            TypeError, ValueError: ``values``, called ``name``, are not floats, not one for each of the caller's edges, or on another device.
         """
         if not isinstance(values, Tensor) or not values.is_floating_point():
             raise TypeError(
-                f"edge_weight must be a floating-point tensor, got {getattr(values, 'dtype', type(values).__name__)}"
+                f"{name} must be a floating-point tensor, got {getattr(values, 'dtype', type(values).__name__)}"
             )
-        if values.shape != (self.given_edges,):
-            raise ValueError(f"edge_weight must be [{self.given_edges}], one for each edge, got {tuple(values.shape)}")
+        if values.shape != (self.given_edges, *trailing):
+            shape = [self.given_edges, *trailing]
+            raise ValueError(f"{name} must be {shape}, one for each edge, got {tuple(values.shape)}")
         if values.device != self.device:
-            raise ValueError(f"edge_weight is on {values.device} and the graph on {self.device}; move one with .to()")
-        extra = values.new_full((self.num_nodes,), fill)
+            raise ValueError(f"{name} is on {values.device} and the graph on {self.device}; move one with .to()")
+        extra = values.new_full((self.num_nodes, *trailing), fill)
         return torch.cat([values, extra])[self.perm]
 
     @cached_property

@@ -77,14 +77,15 @@ class _Place:
 class IntegerLayer(nn.Module):
     """One frozen layer.
 
-    Buffers: ``weight`` (packed ``[out, in]``), ``weight_step`` ``[out]``, ``bias`` ``[out]`` or None, ``operand_step``, ``operand_bits``
-    ``[out]`` (GCN only), and
-    ``input_step``, ``input_bits``, ``[N]`` or of one element (not for a binary input).
+    Buffers: ``weight`` (packed ``[out, in]``), ``weight_step`` ``[out]``, ``bias`` ``[out]`` or None, ``norm_scale`` ``[out]``, the factor of a
+    folded batch normalisation, or None, ``operand_step``, ``operand_bits`` ``[out]`` (GCN only), and ``input_step``, ``input_bits``, ``[N]`` or
+    of one element (not for a binary input).
     """
 
     weight: Tensor
     weight_step: Tensor
     bias: Tensor | None
+    norm_scale: Tensor | None
     operand_step: Tensor | None
     operand_bits: Tensor | None
     input_step: Tensor | None
@@ -93,7 +94,9 @@ class IntegerLayer(nn.Module):
     def __init__(self, spec: LayerSpec, tensors: dict[str, Tensor]) -> None:
         super().__init__()
         self.spec = spec
-        for name in ("weight", "weight_step", "bias", "operand_step", "operand_bits", "input_step", "input_bits"):
+        for name in (
+            "weight", "weight_step", "bias", "norm_scale", "operand_step", "operand_bits", "input_step", "input_bits"
+        ):  # fmt: skip
             self.register_buffer(name, tensors.get(name))
 
     def graph(self, base: Graph) -> Graph:
@@ -167,13 +170,14 @@ class IntegerLayer(nn.Module):
         """Runs the layer. With ``following``, the next layer and its place, the output is that layer's packed input; else float32 ``[N, out]``."""
         spec = self.spec
         if spec.kind == "linear":
-            return self._product(x, "float", scale, self.bias, spec.relu)
+            return self._product(x, "float", scale, self._columns(self.weight_step), self.bias, spec.relu)
+        assert self.operand_step is not None, "a GCN layer has one"
         operand = self.operand(x, scale)
         graph, nodes = self.graph(base), base.num_nodes
         rows = following[1].rows if following is not None else None
         out = aggregate_packed(
             graph.indptr, graph.indices, list(graph.schedule), operand, spec.operand_container, nodes, spec.out_channels, True,
-            "float" if rows is None else "packed", place.factor, self.operand_step, self.bias, spec.relu,
+            "float" if rows is None else "packed", place.factor, self._columns(self.operand_step), self.bias, spec.relu,
             None if rows is None else rows.step, None if rows is None else rows.bits, None if rows is None else rows.pos,
             [0] * 5 if rows is None else rows.counts, following is not None and following[0].spec.signed,
         )  # fmt: skip
@@ -185,13 +189,19 @@ class IntegerLayer(nn.Module):
 
     def operand(self, x: QTensor, scale: Tensor) -> Tensor:
         """The packed operand of the aggregation: ``D^-1/2 X W``, ``[N, out]`` in ``operand_container``."""
-        return self._product(x, "packed", scale, None, False)
+        return self._product(x, "packed", scale, self.weight_step, None, False)
 
-    def _product(self, x: QTensor, output: str, scale: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
+    def _columns(self, step: Tensor) -> Tensor:
+        """The factor of every output column: the step of its codes, times that of a batch normalisation (A2Q eq. 17)."""
+        return step if self.norm_scale is None else step * self.norm_scale
+
+    def _product(
+        self, x: QTensor, output: str, scale: Tensor, columns: Tensor, bias: Tensor | None, relu: bool
+    ) -> Tensor:
         spec = self.spec
         return matmul_packed(
             x.data, x.pos, list(x.counts), x.signed, x.zero, self.weight, spec.weight_container, spec.in_channels, spec.out_channels, output, scale,
-            self.weight_step, bias, relu, self.operand_step, self.operand_bits, spec.operand_container,
+            columns, bias, relu, self.operand_step, self.operand_bits, spec.operand_container,
         )  # fmt: skip
 
 

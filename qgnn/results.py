@@ -1,15 +1,18 @@
 """Results of runs: one JSON object a line, appended so that a crash costs at most the line it interrupts.
 
-Fields of a training run (accuracies in percent):
+Fields of a training run:
 
 ==========================  ======================================================================================================
 field                       meaning
 ==========================  ======================================================================================================
 dataset, model, scheme      what was trained
 seed                        the run's seed
-best_epoch                  the epoch with the best validation accuracy
-val_acc, test_acc           accuracies at that epoch
-test_acc_best_over_epochs   the largest test accuracy of any epoch: the papers' protocol, which looks at the test set
+fold                        the split; 0 where there is one (records of version 0.1.0 have none of fold, task and metric)
+task                        "node", "node-multilabel", "link", "graph", "graph-multilabel" or "graph-regression"
+metric                      "accuracy", "f1", "ap" or "hits@50", in percent, or "mae", in units of the target
+best_epoch                  the epoch with the best validation metric
+val_acc, test_acc           the metric at that epoch, whatever it is
+test_acc_best_over_epochs   the best test metric of any epoch: the papers' protocol, which looks at the test set
 average_bits                mean over the quantized layers of the mean width over nodes
 average_bits_dim            the same, each feature map weighted by its dimension
 average_bits_all            every feature map counted, the unquantized ones as well
@@ -18,7 +21,7 @@ compression_with_steps      the same, the 32-bit steps counted too
 packed_bytes, fp32_bytes    bytes of the feature maps, as quantized and at FP32
 train_step_ms               time of a training step
 peak_memory_bytes           on a CPU what a training step keeps for backward, parameters not counted; on a GPU the allocator's peak
-integer_test_acc            test accuracy of the frozen integer model; null for fp32, as the next three
+integer_test_acc            test metric of the frozen integer model; null where there is none (fp32, many graphs), as the next three
 integer_mismatches          nodes that it predicts otherwise than the fake-quantized model
 integer_ties                codes of its feature maps that differ, because float rounding decided a tie
 integer_max_relative        largest difference of a logit over the largest logit
@@ -111,12 +114,17 @@ def read(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 
 def summary(records: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
-    """One row for each (dataset, model, scheme), in the order of their first records: ``seeds``, their number, and for each of
-    :data:`MEASURES` the mean and, as ``NAME_sd``, the sample standard deviation (NaN for one seed)."""
-    frame = pd.DataFrame([{k: r.get(k) for k in (*KEYS, *MEASURES)} for r in records], columns=[*KEYS, *MEASURES])
+    """One row for each (dataset, model, scheme), in the order of their first records: ``metric``; the numbers of ``seeds`` and of ``runs``, which are
+    more where there are folds; and for each of :data:`MEASURES` the mean over the runs and, as ``NAME_sd``, the sample standard deviation (NaN
+    for one run)."""
+    columns = [*KEYS, "seed", "metric", *MEASURES]
+    frame = pd.DataFrame([{k: r.get(k) for k in columns} for r in records], columns=columns)
     frame = frame.astype(dict.fromkeys(MEASURES, "float64"))
+    frame["metric"] = frame["metric"].fillna("accuracy")
     groups = frame.groupby(list(KEYS), sort=False)
     measures = groups[list(MEASURES)]
     table = measures.mean().join(measures.std().add_suffix("_sd"))
-    table.insert(0, "seeds", groups["dataset"].count())
+    table.insert(0, "metric", groups["metric"].first())
+    table.insert(1, "seeds", groups["seed"].nunique())
+    table.insert(2, "runs", groups["seed"].size())
     return table.reset_index()

@@ -137,16 +137,18 @@ def _layer(spec: LayerSpec, tensors: dict[str, Tensor]) -> IntegerLayer:
     if spec.coding != "binary":
         nodes = tensors["input_step"].numel() if spec.coding == "node" and "input_step" in tensors else 1
         wanted |= {"input_step": (torch.float32, (nodes,)), "input_bits": (torch.uint8, (nodes,))}
-    if "bias" in tensors:
-        wanted["bias"] = (torch.float32, out)
+    for name in ("bias", "norm_scale"):
+        if name in tensors:
+            wanted[name] = (torch.float32, out)
     found = {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()}
     if found != wanted:
         raise ValueError(f"layer {spec.name} needs tensors {wanted}, the file has {found}")
     for name in ("weight_step", "operand_step", "input_step"):
         if name in tensors and not bool((torch.isfinite(tensors[name]) & (tensors[name] > 0)).all()):
             raise ValueError(f"layer {spec.name}: {name} has values that are not positive and finite")
-    if "bias" in tensors and not bool(torch.isfinite(tensors["bias"]).all()):
-        raise ValueError(f"layer {spec.name}: bias has values that are not finite")
+    for name in ("bias", "norm_scale"):
+        if name in tensors and not bool(torch.isfinite(tensors[name]).all()):
+            raise ValueError(f"layer {spec.name}: {name} has values that are not finite")
     for name, limit in (("operand_bits", spec.operand_container), ("input_bits", 8)):
         if name in tensors and tensors[name].numel() and int(tensors[name].max()) > limit:
             raise ValueError(f"layer {spec.name}: {name} has widths above {limit}")

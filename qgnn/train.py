@@ -1,9 +1,10 @@
-"""Training of node-level models on one graph: FP32 warm-up, quantized training, best validation epoch, checkpoints that resume exactly."""
+"""Training: FP32 warm-up, quantized training, best validation epoch, checkpoints that resume exactly. :mod:`qgnn.tasks` says what for."""
 
 from __future__ import annotations
 
 import copy
 import logging
+import math
 import os
 import statistics
 import tempfile
@@ -11,31 +12,26 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import quant
-from .features import SparseFeatures
+from . import models, quant
+from .data import Dataset, GraphDataset
 from .freeze import freeze
 from .integer import IntegerModel
-from .models import GCN
-from .qtensor import rounded_bits
-from .quant.a2q import A2QQuantizer, learned_layers, memory_penalty
-from .quant.base import is_row_binary
+from .quant.a2q import learned_layers
 from .recipes import Recipe, recipe_for
+from .tasks import NodeTask, Scores, Task, prepare, task_of, training_features
 
 if TYPE_CHECKING:
     from torch_geometric.data import Data
 
-    from .data import Dataset
+__all__ = ["Run", "Trainer", "TrainingError", "build", "parameter_groups", "prepare", "train", "training_features"]
 
 _log = logging.getLogger(__name__)
-
-SPARSE_BELOW = 0.1
-"""Share of nonzeros below which features are multiplied as a sparse matrix."""
+_T = TypeVar("_T")
 
 CHECKPOINT_SECONDS = 10.0
 """A checkpoint is written when this much time has passed since the last one."""
@@ -52,22 +48,36 @@ class Run:
     Attributes:
         record: one JSON record (:mod:`qgnn.results` lists its fields).
         model: the fake-quantized model with the weights of the best epoch, in eval mode.
-        data: the data it was trained on, with the recipe's feature normalisation applied.
-        frozen: the integer model, bound to that data; None for "fp32".
+        task: the data it was trained on, as training saw them, and how it is measured.
+        frozen: the integer model, bound to the graph; None for "fp32", for many graphs, and where :func:`qgnn.freeze` cannot.
+        curve: for every epoch ``epoch``, ``phase``, the metric ``val`` and ``test``, the validation ``loss``, and ``bits``, the mean learned
+            width, or None where none is learned.
     """
 
     record: dict[str, Any]
     model: nn.Module
-    data: Data
+    task: Task
     frozen: IntegerModel | None
+    curve: list[dict[str, Any]]
+
+    @property
+    def data(self) -> Data:
+        """The one graph of a node or link task, with the recipe's feature normalisation applied.
+
+        Raises:
+            ValueError: the task has many graphs.
+        """
+        if not isinstance(self.task, NodeTask):
+            raise ValueError("a run on many graphs has no single data; they are in run.task")
+        return self.task.data
 
 
 @dataclass
 class _Best:
     key: tuple[float, float, float] | None = None
     epoch: int = -1
-    val_acc: float = 0.0
-    test_acc: float = 0.0
+    val: float = 0.0
+    test: float = 0.0
     state: dict[str, Any] = field(default_factory=dict)
 
 
@@ -78,26 +88,10 @@ class _Progress:
     epoch: int = 0
     best: _Best = field(default_factory=_Best)
     warm: _Best = field(default_factory=_Best)
-    test_acc_best_over_epochs: float = 0.0
+    test_best: float = -math.inf  # times the objective's sign
+    curve: list[dict[str, Any]] = field(default_factory=list)
     step_ms: list[float] = field(default_factory=list)
     peak_memory_bytes: int = 0
-
-
-def prepare(dataset: Dataset, recipe: Recipe) -> Data:
-    """The data of a data set with the recipe's feature normalisation: each row divided by its sum."""
-    if not recipe.normalize_features:
-        return dataset.data
-    data = copy.copy(dataset.data)
-    assert isinstance(data.x, Tensor)
-    data.x = data.x / data.x.sum(1, keepdim=True).clamp_min(1e-12)
-    return data
-
-
-def training_features(x: Tensor | None) -> Tensor | SparseFeatures:
-    """Features as training multiplies them: sparse where few are nonzero and 1 bit represents them exactly, so that nothing has to quantize them."""
-    assert isinstance(x, Tensor)
-    sparse = int(x.count_nonzero()) < SPARSE_BELOW * x.numel() and is_row_binary(x)
-    return SparseFeatures.from_dense(x) if sparse else x
 
 
 def parameter_groups(model: nn.Module, recipe: Recipe, lr: float) -> list[dict[str, Any]]:
@@ -110,8 +104,8 @@ def parameter_groups(model: nn.Module, recipe: Recipe, lr: float) -> list[dict[s
     }
     kinds: dict[str, list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
-        kind = name.rsplit(".", 1)[-1] if ".quantizer." in f".{name}" else "weights"
-        kinds.setdefault(kind, []).append(parameter)
+        kind = name.rsplit(".", 1)[-1]
+        kinds.setdefault(kind if kind in rates else "weights", []).append(parameter)
     return [
         {
             "kind": kind,
@@ -124,19 +118,18 @@ def parameter_groups(model: nn.Module, recipe: Recipe, lr: float) -> list[dict[s
 
 
 class Trainer:
-    """One training of ``model`` on ``data``, epoch by epoch, with a :class:`qgnn.recipes.Recipe`.
+    """One training of ``model`` for a task, epoch by epoch, with a :class:`qgnn.recipes.Recipe`.
 
-    ``data`` has ``x``, ``edge_index``, ``y`` and the masks of a split. The model computes in float32 for ``recipe.warmup`` epochs; then its
-    quantizers start from the best of these weights, and train for ``recipe.epochs`` epochs. The best epoch is that of the highest validation
-    accuracy, the lowest validation loss among equals, among the quantized epochs whose average width is within ``recipe.bits_limit``; if there is
-    none, that of the smallest average width.
+    The model computes in float32 for ``recipe.warmup`` epochs; then its quantizers start from the best of these weights, and train for
+    ``recipe.epochs`` epochs. The best epoch is that of the best validation metric, the lowest validation loss among equals, among the quantized
+    epochs whose average width is within ``recipe.bits_limit``; if there is none, that of the smallest average width.
     """
 
-    def __init__(self, model: nn.Module, data: Data, recipe: Recipe) -> None:
-        self.model, self.data, self.recipe = model, data, recipe
+    def __init__(self, model: nn.Module, task: Task, recipe: Recipe) -> None:
+        self.model, self.task, self.recipe = model, task, recipe
         self.warmup, self.total = recipe.warmup, recipe.warmup + recipe.epochs
         self.optimizer = torch.optim.Adam(parameter_groups(model, recipe, recipe.warmup_lr))
-        self.x = training_features(data.x)
+        self.device = next(model.parameters()).device
         self.progress = _Progress()
         self.teacher: Tensor | None = None
         quant.set_enabled(model, False)
@@ -163,110 +156,117 @@ class Trainer:
     def _epoch(self, epoch: int) -> None:
         if epoch == self.warmup:
             self.end_warmup()
-        started = time.perf_counter()
-        if epoch == self.total - 1:
-            self.progress.peak_memory_bytes = self._measured_step(epoch)
-        else:
-            self.step(epoch)
-            if epoch >= self.warmup:
-                self.progress.step_ms.append((time.perf_counter() - started) * 1e3)
+        self._set_rates(epoch)
+        last, steps, started = epoch == self.total - 1, 0, time.perf_counter()
+        for batch in self.task.batches():
+            if last:
+                peak = self._measured_step(epoch, batch)
+                self.progress.peak_memory_bytes = max(self.progress.peak_memory_bytes, peak)
+            else:
+                self.step(epoch, batch)
+            steps += 1
+        if epoch >= self.warmup and not last:
+            self.progress.step_ms.append((time.perf_counter() - started) * 1e3 / max(steps, 1))
         self._evaluate(epoch)
 
-    def _measured_step(self, epoch: int) -> int:
+    def _set_rates(self, epoch: int) -> None:
+        recipe = self.recipe
+        if epoch == self.warmup + round(recipe.bits_share * recipe.epochs):
+            for group in self.optimizer.param_groups:
+                group["lr"] = 0.0 if group["kind"] == "bits" else group["lr"]
+        done = epoch if epoch < self.warmup else epoch - self.warmup
+        if recipe.halve_every and done and done % recipe.halve_every == 0:
+            for group in self.optimizer.param_groups:
+                group["lr"] /= 2
+
+    def _measured_step(self, epoch: int, batch: Any) -> int:
         """A training step; returns the allocator's peak on a GPU, and on a CPU the bytes that are kept for backward."""
-        if self.x.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.x.device)
-            self.step(epoch)
-            return torch.cuda.max_memory_allocated(self.x.device)
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+            self.step(epoch, batch)
+            return torch.cuda.max_memory_allocated(self.device)
         with _SavedBytes(self.model) as kept:
-            self.step(epoch)
+            self.step(epoch, batch)
         return kept.bytes
 
-    def step(self, epoch: int) -> None:
-        """One training step: forward, backward, optimizer.
+    def step(self, epoch: int, batch: Any) -> None:
+        """One training step on a batch of the task: forward, backward, optimizer.
 
         Raises:
             TrainingError: the loss is not finite.
         """
-        if epoch == self.warmup + round(self.recipe.bits_share * self.recipe.epochs):
-            for group in self.optimizer.param_groups:
-                group["lr"] = 0.0 if group["kind"] == "bits" else group["lr"]
         self.model.train()
-        loss = self._loss(epoch)
+        loss = self.loss(epoch, batch)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        self._check_finite(loss, epoch)
+        self._check_finite(loss, epoch, batch)
         self.optimizer.step()
         with torch.no_grad():
             for layer in learned_layers(self.model):
                 layer.bits.clamp_(0, 8)
 
-    def _loss(self, epoch: int) -> Tensor:
-        recipe, data = self.recipe, self.data
-        out = self.model(self.x, data.edge_index)
-        loss = F.cross_entropy(out[data.train_mask], data.y[data.train_mask])
-        if self.teacher is not None:
-            loss = loss + recipe.distill * F.cross_entropy(out, self.teacher)
+    def loss(self, epoch: int, batch: Any) -> Tensor:
+        """The task's loss of a batch; in the second phase with the memory penalty."""
+        recipe = self.recipe
+        loss = self.task.loss(self.model, batch, self.teacher, recipe.distill)
         if epoch >= self.warmup and recipe.penalty:
-            layers = list(learned_layers(self.model))
-            if layers:
-                target = recipe.target_bits * sum(q.in_channels * q.bits.numel() for q in layers) / (8 * 1024)
-                loss = loss + recipe.penalty * memory_penalty(self.model, target, "relu")
+            target = quant.learned_kb(self.model, recipe.target_bits)
+            if target:
+                loss = loss + recipe.penalty * quant.memory_penalty(self.model, target, "relu")
         return loss
 
     def end_warmup(self) -> None:
         """Restores the best warm-up weights, keeps their predictions as the teacher's, starts a new optimizer, switches the quantizers on,
-        and lets them take their steps and ranges from the whole graph."""
+        and lets them take their steps and ranges from training data."""
         if self.progress.warm.key is not None:
             self.model.load_state_dict(self.progress.warm.state)
             if self.recipe.distill:
-                self.teacher = F.softmax(self._forward_eval(), 1)
-        for module in self.model.modules():
-            if isinstance(module, A2QQuantizer):
-                module.initial_bits = self.recipe.initial_bits
+                self.teacher = self._evaluated(self.task.teach)
+        quant.start_values(self.model, self.recipe.initial_bits, self.recipe.initial_step)
         self._begin_main()
-        self._forward_eval()
+        self._evaluated(self.task.start)
 
     def _begin_main(self) -> None:
         quant.set_enabled(self.model, True)
-        if isinstance(self.model, GCN):
-            self.model.dropout = self.recipe.dropout
+        if isinstance(getattr(self.model, "dropout", None), float):
+            self.model.dropout = self.recipe.dropout  # type: ignore[assignment]  # mypy takes what a Module holds for Tensor | Module
         self.optimizer = torch.optim.Adam(parameter_groups(self.model, self.recipe, self.recipe.lr))
 
     @torch.no_grad()
-    def _forward_eval(self) -> Tensor:
+    def _evaluated(self, use: Callable[[nn.Module], _T]) -> _T:
         self.model.eval()
-        return self.model(self.x, self.data.edge_index)
+        return use(self.model)
 
     def _evaluate(self, epoch: int) -> None:
-        data, progress = self.data, self.progress
-        out = self._forward_eval()
-        right = (out.argmax(1) == data.y).double()
-        val_acc, test_acc = (float(right[mask].mean()) * 100 for mask in (data.val_mask, data.test_mask))
-        loss = float(F.cross_entropy(out[data.val_mask], data.y[data.val_mask]))
-        excess = max(self.average_bits() - self.recipe.bits_limit, 0.0) if epoch >= self.warmup else 0.0
-        key = (-excess, val_acc, -loss)
-        best = progress.warm if epoch < self.warmup else progress.best
-        if epoch >= self.warmup and not excess:
-            progress.test_acc_best_over_epochs = max(progress.test_acc_best_over_epochs, test_acc)
+        progress, sign = self.progress, self.task.objective.sign
+        scores = self.evaluate()
+        width = quant.average_width(self.model)
+        excess = max(width - self.recipe.bits_limit, 0.0)
+        key = (-excess, sign * scores.val, -scores.loss)
+        warming = epoch < self.warmup
+        best = progress.warm if warming else progress.best
+        phase = "FP32" if warming else "quantized"
+        row = {"epoch": epoch, "phase": phase, **asdict(scores), "bits": width or None}
+        progress.curve.append(row)
+        if not (warming or excess):
+            progress.test_best = max(progress.test_best, sign * scores.test)
         if best.key is None or key > best.key:
-            best.key, best.epoch, best.val_acc, best.test_acc = key, epoch, val_acc, test_acc
+            best.key, best.epoch, best.val, best.test = key, epoch, scores.val, scores.test
             best.state = copy.deepcopy(self.model.state_dict())
 
-    def average_bits(self) -> float:
-        """Mean over the layers with learned widths of the mean width over the nodes; 0 without such layers."""
-        widths = [float(rounded_bits(q.bits).float().mean()) for q in learned_layers(self.model)]
-        return statistics.fmean(widths) if widths else 0.0
+    def evaluate(self) -> Scores:
+        """The scores of the model as it is; :func:`qgnn.quant.average_width` then counts the widths that this pass used."""
+        quant.reset_usage(self.model)
+        return self._evaluated(self.task.evaluate)
 
-    def _check_finite(self, loss: Tensor, epoch: int) -> None:
+    def _check_finite(self, loss: Tensor, epoch: int, batch: Any) -> None:
         if bool(torch.isfinite(loss)):
             return
         value = float(loss.detach())
         phase = f"warm-up epoch {epoch}" if epoch < self.warmup else f"epoch {epoch - self.warmup}"
-        values = self.x if isinstance(self.x, Tensor) else self.x.values
         parameters = list(self.model.named_parameters())
         suspects = (
-            [("the features", values)]
+            [("the features", self.task.features(batch))]
             + [(f"parameter {name}", p) for name, p in parameters]
             + [(f"the gradient of {name}", p.grad) for name, p in parameters]
         )
@@ -286,7 +286,7 @@ class Trainer:
             "progress": asdict(self.progress),
             "teacher": self.teacher,
             "rng": torch.get_rng_state(),
-            "rng_gpu": torch.cuda.get_rng_state(self.x.device) if self.x.device.type == "cuda" else None,
+            "rng_gpu": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
         }
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
@@ -310,12 +310,12 @@ class Trainer:
         if state["warm"]:
             self._begin_main()
         self.optimizer.load_state_dict(state["optimizer"])
-        self.teacher = None if state["teacher"] is None else state["teacher"].to(self.x.device)
+        self.teacher = None if state["teacher"] is None else state["teacher"].to(self.device)
         progress = state["progress"]
         self.progress = _Progress(**{**progress, "best": _best(progress["best"]), "warm": _best(progress["warm"])})
         torch.set_rng_state(state["rng"])
-        if state["rng_gpu"] is not None and self.x.device.type == "cuda":
-            torch.cuda.set_rng_state(state["rng_gpu"], self.x.device)
+        if state["rng_gpu"] is not None and self.device.type == "cuda":
+            torch.cuda.set_rng_state(state["rng_gpu"], self.device)
         _log.info("resumed %s after epoch %d", path, self.progress.epoch)
 
 
@@ -347,91 +347,104 @@ class _SavedBytes:
 
 
 def train(
-    dataset: Dataset,
+    dataset: Dataset | GraphDataset,
     model: str,
     scheme: str,
     seed: int,
     *,
+    fold: int = 0,
     recipe: Recipe | None = None,
     device: str = "cpu",
     checkpoint: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Run:
-    """Trains one model and freezes it.
+    """Trains one model, and freezes it where that can be.
 
     Args:
         dataset: from :func:`qgnn.data.load`.
-        model: "gcn".
+        model: "gcn", "gat", "gin" or "sage".
         scheme: a scheme name (:mod:`qgnn.quant.scheme`).
-        seed: of weights, dropout and masks; the same seed gives the same run on the same machine.
+        seed: of weights, batches, dropout and masks; the same seed gives the same run on the same machine.
+        fold: which split of a data set that has several (10-fold cross-validation).
         recipe: the settings; by default those of the scheme and the data set's family (:func:`qgnn.recipes.recipe_for`).
         device: "cpu" or "cuda".
         checkpoint: file to resume from and to write to.
         progress: called with (epochs done, epochs in all).
 
     Raises:
-        ValueError: an unknown model or scheme, or a checkpoint of other settings.
+        ValueError: an unknown model or scheme, a fold that does not exist, or a checkpoint of other settings.
         TrainingError: the loss became NaN or infinite; the sentence names the epoch and the tensor.
     """
     parsed = quant.parse(scheme)
     recipe = recipe or recipe_for(model, parsed, dataset)
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {device!r} was asked for, but torch sees no GPU here; qgnn info shows what there is")
-    data = copy.copy(prepare(dataset, recipe)).to(device)
+    task = task_of(dataset, recipe, fold, device)
     torch.manual_seed(seed)
-    network = build(parsed, dataset, recipe).to(device)
-    trainer = Trainer(network, data, recipe)
+    network = build(parsed, dataset, recipe, model).to(device)
+    trainer = Trainer(network, task, recipe)
     trainer.run(checkpoint, progress)
-    record = _record(trainer, dataset, model, parsed, seed)
-    frozen = None if parsed.method == "fp32" else freeze(network, data)
-    return Run({**record, **_integer_record(frozen, data)}, network, data, frozen)
+    record = {
+        "dataset": dataset.name,
+        "model": model,
+        "scheme": parsed.name,
+        "seed": seed,
+        "fold": fold,
+        "task": dataset.task,
+        **_record(trainer),
+    }
+    frozen = _frozen(network, task, parsed)
+    record |= _integer_record(frozen, task)
+    return Run(record, network, task, frozen, trainer.progress.curve)
+
+
+def _frozen(model: nn.Module, task: Task, scheme: quant.Scheme) -> IntegerModel | None:
+    """The integer model of a GCN on one graph: the chains that :func:`qgnn.freeze` takes."""
+    integers = scheme.method in ("qat", "dq", "a2q") and not scheme.groups
+    chain = isinstance(model, models.GCN) and not model.skip and isinstance(task, NodeTask)
+    return freeze(model, task.data) if integers and chain and isinstance(task, NodeTask) else None
 
 
 @torch.no_grad()
-def _integer_record(frozen: IntegerModel | None, data: Data) -> dict[str, float | None]:
+def _integer_record(frozen: IntegerModel | None, task: Task) -> dict[str, float | None]:
     names = ("integer_test_acc", "integer_mismatches", "integer_ties", "integer_max_relative")
-    if frozen is None or frozen.report is None:
+    if frozen is None or frozen.report is None or not isinstance(task, NodeTask):
         return dict.fromkeys(names)
-    right = (frozen().argmax(1) == data.y).double()
     report = frozen.report
-    values = (
-        float(right[data.test_mask].mean()) * 100,
-        report.mismatched_predictions,
-        report.ties,
-        report.max_relative,
-    )
+    values = (task.scores(frozen()).test, report.mismatched_predictions, report.ties, report.max_relative)
     return dict(zip(names, values, strict=True))
 
 
-def build(scheme: quant.Scheme, dataset: Dataset, recipe: Recipe) -> nn.Module:
-    """An untrained GCN of a recipe's sizes for a data set."""
-    x = dataset.data.x
-    assert isinstance(x, Tensor)
-    return GCN(
-        x.size(1),
-        recipe.hidden,
-        dataset.num_classes,
-        dropout=recipe.warmup_dropout,
-        input_dropout=recipe.input_dropout,
+def build(scheme: quant.Scheme, dataset: Dataset | GraphDataset, recipe: Recipe, model: str = "gcn") -> nn.Module:
+    """An untrained model of a recipe's sizes for a data set; for links, its outputs are embeddings of the hidden size."""
+    if isinstance(dataset, GraphDataset):
+        features, nodes = dataset.num_features, None
+    else:
+        assert isinstance(dataset.data.x, Tensor)
+        nodes, features = dataset.data.x.shape
+    return models.build(
+        model,
+        features,
+        recipe.hidden if dataset.task == "link" else dataset.num_classes,
+        task=dataset.task,
+        family=dataset.family,
+        recipe=recipe,
         scheme=scheme,
-        num_nodes=x.size(0),
+        num_nodes=nodes,
     )
 
 
-def _record(trainer: Trainer, dataset: Dataset, model: str, scheme: quant.Scheme, seed: int) -> dict[str, Any]:
-    best, progress, nodes = trainer.progress.best, trainer.progress, trainer.x.size(0)
-    maps = quant.feature_maps(trainer.model, nodes)
-    averages = quant.averages(maps)
+def _record(trainer: Trainer) -> dict[str, Any]:
+    best, progress, objective = trainer.progress.best, trainer.progress, trainer.task.objective
+    trainer.evaluate()  # the widths that are used by the best epoch's model
+    maps = quant.feature_maps(trainer.model, trainer.task.nodes)
     return {
-        "dataset": dataset.name,
-        "model": model,
-        "scheme": scheme.name,
-        "seed": seed,
+        "metric": objective.metric,
         "best_epoch": best.epoch - trainer.warmup,
-        "val_acc": best.val_acc,
-        "test_acc": best.test_acc,
-        "test_acc_best_over_epochs": max(progress.test_acc_best_over_epochs, best.test_acc),
-        **asdict(averages),
+        "val_acc": best.val,
+        "test_acc": best.test,
+        "test_acc_best_over_epochs": objective.sign * max(progress.test_best, objective.sign * best.test),
+        **asdict(quant.averages(maps)),
         "packed_bytes": sum(m.packed_bytes() for m in maps),
         "fp32_bytes": sum(4 * m.dim * m.nodes for m in maps),
         "train_step_ms": statistics.median(progress.step_ms) if progress.step_ms else 0.0,

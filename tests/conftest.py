@@ -60,7 +60,7 @@ def threads():
 @pytest.fixture(scope="session")
 def citation_root():
     """The folder with Cora and CiteSeer: QGNN_DATA, else the data that lies beside a checkout."""
-    from qgnn.data import _PLANETOID_FILES
+    from qgnn.published import _PLANETOID_FILES
 
     folder = Path(os.environ.get("QGNN_DATA") or Path(__file__).parent / "../../shared/data").resolve()
     wanted = [

@@ -1,5 +1,6 @@
 """Exit codes, streams, files and resuming of the command line, on real runs of a few epochs."""
 
+import dataclasses
 import json
 import os
 import re
@@ -282,7 +283,7 @@ def test_a_folder_takes_one_train_at_a_time(tmp_path: Path) -> None:
 
     with (tmp_path / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        assert "another qgnn train is running in" in one_line(run(*QUICK, "--out", str(tmp_path), code=2))
+        assert "another qgnn train or reproduce is running in" in one_line(run(*QUICK, "--out", str(tmp_path), code=2))
     run(*QUICK, "--out", str(tmp_path))
 
 
@@ -309,3 +310,24 @@ def test_the_integer_model_is_reported_and_kept(tmp_path: Path) -> None:
     out = qgnn.load(path)(data.x, data.edge_index)
     right = (out.argmax(1) == data.y)[data.test_mask].double().mean()
     assert float(right) * 100 == pytest.approx(record["integer_test_acc"])
+
+
+def test_every_fold_is_trained_and_none_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    import qgnn.data
+
+    whole = qgnn.data.load("digits-superpixels")
+    assert isinstance(whole, qgnn.data.GraphDataset)
+    order = torch.arange(30)
+    folds = tuple(qgnn.data.Split(o[:20], o[20:25], o[25:]) for o in (order, order.roll(10), order.roll(20)))
+    monkeypatch.setattr(qgnn.data, "load", lambda *_: dataclasses.replace(whole, splits=folds))
+    quick = ["train", "--dataset", "any", "--model", "gin", "--scheme", "int8", "--epochs", "1", "--hidden", "4"]
+    run(*quick, "--folds", "1", "--out", str(tmp_path))
+    result = run(*quick, "--seeds", "2", "--out", str(tmp_path))
+    found = records(tmp_path / "results.jsonl")
+    assert [(r["seed"], r["fold"]) for r in found] == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)]
+    mean = sum(r["test_acc"] for r in found) / 6
+    assert re.search(rf"test accuracy, % +│ +{mean:.2f} ± ", result.stdout)
+    assert re.search(r"runs: seeds x folds +│ +6 ", result.stdout)
+    assert "asks for more folds than digits-superpixels has, 3" in one_line(run(*quick, "--folds", "4", code=2))

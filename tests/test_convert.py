@@ -148,18 +148,18 @@ class Mixed(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.conv = pyg.GCNConv(6, 8)
-        self.norm = nn.BatchNorm1d(8)
-        self.blocks = nn.ModuleList([pyg.GATConv(8, 8), pyg.APPNP(2, 0.1)])
+        self.norm = nn.LayerNorm(8)
+        self.blocks = nn.ModuleList([pyg.GATv2Conv(8, 8), pyg.APPNP(2, 0.1)])
 
 
 def test_layers_that_cannot_be_quantized_are_named():
     with pytest.raises(
         ValueError,
-        match=r"cannot quantize norm \(BatchNorm1d\), blocks.0 \(GATConv\), blocks.1 \(APPNP\); GCNConv and Linear are supported",
+        match=r"cannot quantize norm \(LayerNorm\), blocks.0 \(GATv2Conv\), blocks.1 \(APPNP\); GCNConv, GATConv, GINConv, SAGEConv and Linear",
     ):
         qgnn.convert(Mixed(), "int8")
-    with pytest.raises(ValueError, match=r"cannot quantize the model \(GATConv\)"):
-        qgnn.convert(pyg.GATConv(8, 8), "int8")
+    with pytest.raises(ValueError, match=r"cannot quantize the model \(GATv2Conv\)"):
+        qgnn.convert(pyg.GATv2Conv(8, 8), "int8")
 
 
 @pytest.mark.parametrize(
@@ -175,7 +175,7 @@ def test_graph_convolutions_that_are_no_gcn(layer, message):
 
 
 def test_scheme_errors():
-    with pytest.raises(ValueError, match=r"there is no scheme 'int5'; choose one of fp32, int8"):
+    with pytest.raises(ValueError, match=r"there is no scheme 'int5'; choose one of fp32, fp16, int8"):
         qgnn.convert(Net(), "int5")
     with pytest.raises(ValueError, match=r'scheme "a2q" learns a step and a width per node: pass num_nodes'):
         qgnn.convert(Net(), "a2q")

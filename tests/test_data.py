@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from qgnn.data import _PLANETOID_FILES, Dataset, _rmat_edges, load
+from qgnn.data import Dataset, _rmat_edges, load
+from qgnn.published import _PLANETOID_FILES
 
 
 def files_of(name: str) -> list[str]:
@@ -254,7 +255,10 @@ def test_synthetic_graphs_are_reproducible(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "cure"),
     [
-        ("Corra", "choose one of Cora, CiteSeer, PubMed, digits, powerlaw:N,E, rmat:SCALE,EDGEFACTOR"),
+        (
+            "Corra",
+            "choose one of Cora, CiteSeer, PubMed, ogbn-arxiv.*, digits, digits-superpixels, powerlaw:N,E, rmat.*TUDataset such as MUTAG",
+        ),
         ("", "choose one of Cora"),
         ("powerlaw", "powerlaw:10000,150000"),
         ("powerlaw:", "powerlaw:10000,150000"),

@@ -127,6 +127,54 @@ def test_linear_layers_and_a_softmax():
         torch.testing.assert_close(frozen().exp().sum(1), torch.ones(NODES))
 
 
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_batch_normalisation_is_folded(scheme):
+    """A2Q eq. 17: the factors and shifts of both normalisations are in the epilogues; no launch is added, and the file keeps them."""
+
+    class Normed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.first, self.linear, self.second = (
+                pyg.GCNConv(24, 16),
+                pyg.BatchNorm(16),
+                nn.Linear(16, 5),
+                nn.BatchNorm1d(5),
+            )
+
+        def forward(self, x, edge_index):
+            return self.second(self.linear(F.dropout(self.first(self.conv(x, edge_index)).relu(), 0.5, self.training)))
+
+    torch.manual_seed(11)
+    data = graph_data()
+    model = trained(Normed(), scheme, data)
+    with torch.no_grad():
+        for norm in (model.first.module, model.second):
+            norm.weight.uniform_(-1, 2)
+            norm.bias.normal_()
+        trained_range = model(data.x, data.edge_index)
+    frozen = qgnn.freeze(model, data)
+    assert trained_range.shape == (NODES, 5)
+    assert_agrees(model, data, frozen)
+    assert [r.launches for r in frozen.report.layers] == [2, 1]
+    torch.testing.assert_close(
+        frozen.chain[1].norm_scale, model.second.weight * (model.second.running_var + 1e-5) ** -0.5
+    )
+
+
+def test_batch_normalisation_that_cannot_be_folded():
+    torch.manual_seed(12)
+    data = graph_data()
+    norm = nn.BatchNorm1d(16).eval()
+    model = trained(Net(lambda m, x, e: m.second(norm(m.first(x, e).relu()), e)), "int8", data)
+    with pytest.raises(ValueError, match=r"batch normalisation before its first layer or after a ReLU"):
+        qgnn.freeze(model, data)
+    model = trained(
+        Net(lambda m, x, e: m.second(F.batch_norm(m.first(x, e), None, None, training=True), e)), "int8", data
+    )
+    with pytest.raises(ValueError, match=r"with running statistics, in eval mode"):
+        qgnn.freeze(model, data)
+
+
 @pytest.mark.parametrize("scheme", ["int8", "a2q"])
 @pytest.mark.parametrize(
     "arguments", [{"add_self_loops": False}, {"normalize": False}, {"bias": False}, {"improved": True}]
@@ -351,7 +399,7 @@ def set_a_row(model, x, edge_index):
         ),
         (
             lambda m, x, e: m.second(m.first(x, e).softmax(-1), e),
-            "applies softmax between layers; integers run only ReLU there",
+            "applies softmax between layers; integers run only BatchNorm and ReLU there",
         ),
         (
             lambda m, x, e: m.second(m.first(x, e), e).log_softmax(0),

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import torch
 
-from qgnn.perf import kernels
+from qgnn.perf import kernels, quantizers
 from qgnn.perf.__main__ import COLUMNS, main
 from qgnn.perf.timing import paired
 
@@ -30,6 +30,8 @@ def test_ratio_is_baseline_over_candidate_and_runs_take_turns() -> None:
 
 def test_every_suite_runs_and_appends_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "PRODUCTS", ((50, 20, 24),))
+    monkeypatch.setattr(quantizers, "TAILS", ((500, 0.01),))
+    monkeypatch.setattr(quantizers, "NEAREST", ((50, 20, 24),))
     out = tmp_path / "rows.csv"
     arguments = [
         "--graphs",
@@ -48,10 +50,23 @@ def test_every_suite_runs_and_appends_rows(tmp_path: Path, monkeypatch: pytest.M
     assert main(arguments) == 0
     once = pd.read_csv(out)
     assert tuple(once.columns) == COLUMNS
-    assert set(once["operation"]) == {"aggregate", "matmul", "train-step"}
-    assert {"torch-csr-fp32", "pyg-scatter-fp32", "qgnn-int4", "torch-int-mm", "pyg-fp32", "a2q"} <= set(
-        once["candidate"]
-    )
+    assert set(once["operation"]) == {
+        "aggregate",
+        "fake_quantize_nearest",
+        "matmul",
+        "tails",
+        "train-step",
+    }
+    assert {
+        "torch-csr-fp32",
+        "pyg-scatter-fp32",
+        "qgnn-int4",
+        "torch-int-mm",
+        "pyg-fp32",
+        "a2q",
+        "torch-topk",
+        "qgnn-tails",
+    } <= set(once["candidate"])
     assert (once[["ms_20", "ms_50", "ms_80", "ratio_50"]] > 0).all().all()
     main([*arguments, "--suite", "train-step"])
     assert len(pd.read_csv(out)) == len(once) + 4
@@ -62,6 +77,14 @@ def test_a_wrong_result_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels.ops, "aggregate", lambda graph, x: real(graph, x) + 1)
     with pytest.raises(RuntimeError, match=r"qgnn-fp32 is wrong by .* its time would mean nothing"):
         list(kernels.aggregation("powerlaw:300,2000", 16, "cpu", 1))
+
+    monkeypatch.setattr(quantizers, "tails", lambda x, k: (x[0], x[1]))
+    with pytest.raises(RuntimeError, match=r"qgnn-tails differs from torch\.kthvalue"):
+        list(quantizers.order_statistics(500, 0.01, "cpu", 1))
+
+    monkeypatch.setattr(quantizers, "fake_quantize_nearest", lambda x, *_: (x,))
+    with pytest.raises(RuntimeError, match="qgnn-nearest differs from fake_quantize"):
+        list(quantizers.nearest(50, 20, 24, "cpu", 1))
 
     class Wrong:
         acc = torch.zeros(50, 24, dtype=torch.int32)

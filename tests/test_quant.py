@@ -12,9 +12,12 @@ from qgnn import Graph, quant
 from qgnn.nn import GCNConv, Linear
 from qgnn.quant import (
     A2QQuantizer,
-    DegreeQuantQuantizer,
+    BinaryQuantizer,
     FeatureMap,
+    GroupQuantizer,
+    HalfQuantizer,
     QATQuantizer,
+    Quantizer,
     RangeQuantizer,
     Scheme,
     averages,
@@ -23,6 +26,7 @@ from qgnn.quant import (
     memory_penalty,
     parse,
     protection_probability,
+    protective_mask,
     set_enabled,
 )
 
@@ -67,18 +71,39 @@ def test_scheme_suffixes():
 
 
 @pytest.mark.parametrize(
-    "name", ["int3", "int8-fast", "dq", "dq-int8-minmax", "a2q-minmax", "fp32-clip", "", "INT8", "int8-"]
+    "name",
+    [
+        "int3",
+        "int8-fast",
+        "dq",
+        "a2q-minmax",
+        "a2q-m4",
+        "a2q-nns-manual",
+        "a2q-nns-m0",
+        "fp32-clip",
+        "fp16-clip",
+        "",
+        "INT8",
+        "int8-",
+    ],
 )
 def test_unknown_schemes_say_what_there_is(name):
     with pytest.raises(
         ValueError,
-        match=f"there is no scheme '{name}'; choose one of fp32, int8, int4, nqat-int8, nqat-int4, dq-int8, dq-int4, a2q",
+        match=f"there is no scheme '{name}'; choose one of fp32, fp16, int8, int4, nqat-int8, nqat-int4, dq-int8, dq-int4, a2q",
     ):
         parse(name)
 
 
 def test_quantizer_of_every_scheme():
-    kinds = {"int8": QATQuantizer, "dq-int4": DegreeQuantQuantizer, "a2q": A2QQuantizer}
+    kinds = {
+        "int8": QATQuantizer,
+        "dq-int4": QATQuantizer,
+        "a2q": A2QQuantizer,
+        "a2q-nns": GroupQuantizer,
+        "fp16": HalfQuantizer,
+        "bi": BinaryQuantizer,
+    }
     assert GCNConv(2, 2).quantizer is None
     for scheme, kind in kinds.items():
         assert type(GCNConv(2, 2, scheme=scheme, num_nodes=3).quantizer) is kind
@@ -220,9 +245,8 @@ def test_protection_probability_errors(low, high):
 
 def test_masks_are_drawn_anew_for_every_layer_and_step(monkeypatch):
     masks = []
-    begin = DegreeQuantQuantizer.begin
     monkeypatch.setattr(
-        DegreeQuantQuantizer, "begin", lambda self, graph: masks.append(begin(self, graph)) or masks[-1]
+        "qgnn.quant.protective_mask", lambda *arguments: masks.append(protective_mask(*arguments)) or masks[-1]
     )
     torch.manual_seed(0)
     edge_index = torch.randint(0, 200, (2, 600))
@@ -236,16 +260,16 @@ def test_masks_are_drawn_anew_for_every_layer_and_step(monkeypatch):
         assert not any(torch.equal(mask, other) for other in masks[:i])
     masks.clear()
     model.eval()(torch.randn(200, 6), edge_index)
-    assert masks == [None, None]
     set_enabled(model, False)
     model.train()(torch.randn(200, 6), edge_index)
-    assert masks == [None] * 4
+    assert not masks
+    assert all(m.protect is None for m in model.modules() if isinstance(m, Quantizer))
 
 
 def test_mask_follows_the_in_degree():
     edge_index = torch.tensor([[1, 2, 3, 4, 5], [0, 0, 0, 0, 1]])
-    quantizer = GCNConv(2, 2, scheme=Scheme("test", "dq", 8, p_min=0.0, p_max=1.0)).quantizer
-    mask = quantizer.begin(Graph.from_edge_index(edge_index, 6))
+    scheme = Scheme("test", "dq", 8, p_min=0.0, p_max=1.0)
+    mask = protective_mask(scheme, Graph.from_edge_index(edge_index, 6))
     assert mask[0]  # the highest in-degree has probability 1
     assert not mask[2:].any()  # the lowest 0
 
@@ -253,7 +277,7 @@ def test_mask_follows_the_in_degree():
 def test_protected_nodes_skip_quantization_and_weights_do_not(monkeypatch):
     layer = GCNConv(6, 4, scheme="dq-int4", add_self_loops=False)
     x = torch.randn(4, 6)
-    monkeypatch.setattr(DegreeQuantQuantizer, "begin", lambda self, graph: torch.ones(4, dtype=torch.bool))
+    monkeypatch.setattr("qgnn.quant.protective_mask", lambda scheme, graph: torch.ones(4, dtype=torch.bool))
     out = layer(x, EDGES)
     weight = layer.quantizer.weight.eval()(layer.lin.weight)
     assert not torch.equal(weight, layer.lin.weight)
@@ -357,7 +381,7 @@ def test_a2q_layer_is_the_formula():
     torch.manual_seed(1)
     layer, x = GCNConv(6, 3, scheme="a2q", num_nodes=4), torch.randn(4, 6)
     layer(x, EDGES)
-    codes, (step, bits) = layer.quantizer.input_codes(x), layer.quantizer.operand_codes()
+    codes, (step, bits) = layer.quantizer.input_codes(x), layer.operand_quantizer.codes()
     x_q = torch.stack(
         [quantized(row, s, b) for row, s, b in zip(x, codes.step.tolist(), codes.bits.tolist(), strict=True)]
     )
@@ -480,10 +504,10 @@ def test_nqat_keeps_elements_of_the_weight_at_random_in_training_only() -> None:
     weight, eye = torch.randn(64, 64), torch.eye(64)
     layer.see_input(torch.rand(3, 64))
     layer.kind = "binary"  # the input passes as it is, so the product with the identity is the weight
-    first, second = layer.linear(eye, weight, None), layer.linear(eye, weight, None)
+    first, second = layer.linear(eye, weight), layer.linear(eye, weight)
     kept = (first == weight.t()).float().mean()
     assert abs(float(kept) - 0.5) < 6 / 128
     assert not torch.equal(first, second), "drawn anew in every step"
     layer.eval()
     codes = layer.weight_codes(weight)
-    assert torch.equal(layer.linear(eye, weight, None), codes.dequantize().t())
+    assert torch.equal(layer.linear(eye, weight), codes.dequantize().t())

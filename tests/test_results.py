@@ -112,5 +112,20 @@ def test_summary_is_mean_and_sample_deviation() -> None:
     assert math.isnan(fp32["peak_memory_bytes"])
 
 
+def test_summary_is_over_seeds_and_folds_and_names_the_metric() -> None:
+    errors = [0.4, 0.5, 0.9, 0.8]
+    records = [
+        record(seed, metric="mae", fold=fold, test_acc=errors[2 * seed + fold])
+        for seed in range(2)
+        for fold in range(2)
+    ]
+    (row,) = summary(records).to_dict("records")
+    assert (row["metric"], row["seeds"], row["runs"]) == ("mae", 2, 4)
+    assert row["test_acc"] == pytest.approx(statistics.mean(errors))
+    assert row["test_acc_sd"] == pytest.approx(statistics.stdev(errors))
+    (old,) = summary([record(0, test_acc=80.0)]).to_dict("records")
+    assert (old["metric"], old["runs"]) == ("accuracy", 1), "records of version 0.1.0 have neither metric nor fold"
+
+
 def test_summary_of_nothing_is_empty() -> None:
     assert len(summary([])) == 0

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch_geometric.data import Data
 
-from qgnn import data, freeze, quant, train, use_backend
+from qgnn import data, freeze, quant, tasks, train, use_backend
 from qgnn.models import GCN
 from qgnn.recipes import Recipe, recipe_for
 
@@ -28,7 +29,7 @@ def sized(scheme: str, epochs: int, hidden: int, settings: dict[str, str] | None
 def trainer(scheme: str, seed: int = 0, **changes: object) -> train.Trainer:
     recipe, parsed = small(scheme, **changes)
     torch.manual_seed(seed)
-    return train.Trainer(train.build(parsed, DIGITS, recipe), train.prepare(DIGITS, recipe), recipe)
+    return train.Trainer(train.build(parsed, DIGITS, recipe), tasks.task_of(DIGITS, recipe), recipe)
 
 
 @pytest.mark.parametrize("scheme", ["fp32", "int8", "int4", "dq-int8", "dq-int4", "a2q"])
@@ -95,6 +96,135 @@ def test_resumed_training_is_the_same_training(
         assert a == b if isinstance(a, dict) else torch.equal(a, b), name
 
 
+@pytest.fixture(scope="module")
+def superpixels() -> data.GraphDataset:
+    """60 of the digits' graphs of superpixels, in two folds."""
+    dataset = data.load("digits-superpixels")
+    assert isinstance(dataset, data.GraphDataset)
+    order = torch.arange(60)
+    splits = tuple(data.Split(part[:40], part[40:50], part[50:]) for part in (order, order.flip(0)))
+    return dataclasses.replace(dataset, splits=splits)
+
+
+def graph_recipe(scheme: str, dataset: data.GraphDataset, **changes: object) -> Recipe:
+    recipe = recipe_for("gin", quant.parse(scheme), dataset)
+    return dataclasses.replace(recipe, **{"warmup": 2, "epochs": 2, "hidden": 8, "layers": 2, "batch": 16, **changes})
+
+
+@pytest.mark.parametrize("scheme", ["fp32", "dq-int8", "a2q-nns"])
+def test_graphs_are_classified_in_folds(scheme: str, superpixels: data.GraphDataset) -> None:
+    recipe = graph_recipe(scheme, superpixels)
+    runs = [train.train(superpixels, "gin", scheme, 0, fold=fold, recipe=recipe) for fold in (0, 0, 1)]
+    first, again, other = (torch.cat([p.flatten() for p in run.model.parameters()]) for run in runs)
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    record = runs[2].record
+    assert (record["task"], record["metric"], record["fold"]) == ("graph", "accuracy", 1)
+    assert record["integer_test_acc"] is None and runs[2].frozen is None
+    with torch.no_grad():
+        scores = runs[2].task.evaluate(runs[2].model)
+    assert (scores.val, scores.test) == (record["val_acc"], record["test_acc"]), "the record is of the best epoch"
+    curve = runs[2].curve
+    assert [row["epoch"] for row in curve] == [0, 1, 2, 3]
+    best = curve[recipe.warmup + record["best_epoch"]]
+    assert (best["val"], best["test"]) == (record["val_acc"], record["test_acc"])
+    assert record["average_bits"] == {"fp32": 32, "dq-int8": 8}.get(scheme) or 0 < record["average_bits"] <= 8
+    with pytest.raises(ValueError, match="many graphs has no single data"):
+        _ = runs[2].data
+    with pytest.raises(ValueError, match=r"fold 2 was asked for, but digits-superpixels has 2"):
+        train.train(superpixels, "gin", scheme, 0, fold=2, recipe=recipe)
+
+
+@pytest.mark.parametrize("scheme", ["int8", "a2q-nns"])
+def test_graph_classification_learns(scheme: str) -> None:
+    """Rings of three nodes whose features tell the class, half of the graphs each."""
+    generator = torch.Generator().manual_seed(0)
+    ring = torch.tensor([[0, 1, 2], [1, 2, 0]])
+    graphs = []
+    for i in range(60):
+        x = torch.randn(3, 2, generator=generator) + 3 * torch.eye(2)[i % 2]
+        graphs.append(Data(x=x, edge_index=ring, y=torch.tensor([i % 2])))
+    order = torch.arange(60)
+    split = data.Split(order[:40], order[40:50], order[50:])
+    dataset = data.GraphDataset("rings", graphs, 2, 2, "tu", "graph", (split,))
+    recipe = graph_recipe(scheme, dataset, warmup=8, epochs=8, bits_limit=8.0)
+    assert train.train(dataset, "gin", scheme, 0, recipe=recipe).record["test_acc"] >= 80, "chance is 50 %"
+
+
+@pytest.mark.parametrize("scheme", ["dq-int4", "a2q-nns"])
+@pytest.mark.parametrize("stop_after", [1, 3], ids=["in the warm-up", "quantized"])
+def test_resumed_training_on_graphs_is_the_same_training(
+    tmp_path: Path, scheme: str, stop_after: int, superpixels: data.GraphDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The order of the graphs is that of the uninterrupted run, and so is the schedule of the learning rate."""
+    monkeypatch.setattr(train, "CHECKPOINT_SECONDS", 0.0)
+    recipe = graph_recipe(scheme, superpixels, halve_every=1, dropout=0.5)
+
+    def trained(seed: int, **more: object) -> train.Trainer:
+        torch.manual_seed(seed)
+        model = train.build(quant.parse(scheme), superpixels, recipe, "gin")
+        t = train.Trainer(model, tasks.task_of(superpixels, recipe), recipe)
+        t.run(**more)  # type: ignore[arg-type]  # of a dict of arguments
+        return t
+
+    def stop(done: int, total: int) -> None:
+        if done > stop_after:
+            raise KeyboardInterrupt
+
+    whole = trained(0)
+    with pytest.raises(KeyboardInterrupt):
+        trained(0, checkpoint=tmp_path / "c.pt", progress=stop)
+    resumed = trained(99, checkpoint=tmp_path / "c.pt")
+    assert resumed.progress.curve == whole.progress.curve
+    for (name, a), b in zip(whole.model.state_dict().items(), resumed.model.state_dict().values(), strict=True):
+        assert a == b if isinstance(a, dict) else torch.equal(a, b), name
+
+
+def test_rates_are_halved_in_both_phases() -> None:
+    t = trainer("a2q", halve_every=2, bits_share=0.5)
+    rates = []
+    for epoch in range(t.total):
+        if epoch == t.warmup:
+            t.end_warmup()
+        t._set_rates(epoch)
+        rates.append({group["kind"]: group["lr"] for group in t.optimizer.param_groups})
+    recipe = t.recipe
+    assert [r["weights"] for r in rates[: t.warmup]] == [recipe.warmup_lr / 2 ** (e // 2) for e in range(4)]
+    assert [r["weights"] for r in rates[t.warmup :]] == [recipe.lr / 2 ** (e // 2) for e in range(6)]
+    assert [r["bits"] for r in rates[t.warmup :]] == [recipe.lr_bits, recipe.lr_bits, recipe.lr_bits / 2, 0, 0, 0]
+
+
+def test_regression_prefers_the_lowest_error(superpixels: data.GraphDataset) -> None:
+    """The best epoch is that of the lowest validation error, and the best over epochs the lowest on the test part."""
+    graphs = [
+        Data(x=g.x, edge_index=g.edge_index, y=g.x[:, 0].mean().reshape(1, 1) * 100)
+        for g in (superpixels.graphs[i] for i in range(60))
+    ]
+    dataset = dataclasses.replace(superpixels, graphs=graphs, num_classes=1, task="graph-regression")
+    recipe = graph_recipe("int8", dataset, epochs=4, distill=0.5)
+    run = train.train(dataset, "gin", "int8", 0, recipe=recipe)
+    quantized = run.curve[recipe.warmup :]
+    assert run.record["metric"] == "mae"
+    assert run.record["val_acc"] == min(row["val"] for row in quantized)
+    assert run.record["test_acc_best_over_epochs"] == min(row["test"] for row in quantized)
+
+
+def test_sampled_nodes_and_links_train(tmp_path: Path) -> None:
+    recipe = dataclasses.replace(small("a2q-nns")[0], batch=64, fanout=4, warmup=1, epochs=1)
+    run = train.train(DIGITS, "sage", "a2q-nns", 0, recipe=recipe)
+    assert isinstance(run.task, tasks.SampledNodeTask) and run.record["test_acc"] > 15, "chance is 10 %"
+    edges = DIGITS.data.edge_index.t()
+    parts = {"train": {"edge": edges[:500]}}
+    for name, start in (("valid", 500), ("test", 600)):
+        away = torch.randint(DIGITS.data.num_nodes, (100, 2), generator=torch.Generator().manual_seed(start))
+        parts[name] = {"edge": edges[start : start + 100], "edge_neg": away}
+    linked = Data(x=DIGITS.data.x, edge_index=DIGITS.data.edge_index, split_edges=parts)
+    dataset = data.Dataset("links", linked, 1, "ogb", "link")
+    recipe = dataclasses.replace(small("dq-int8")[0], batch=200, warmup=2, epochs=2, distill=1.0)
+    record = train.train(dataset, "gcn", "dq-int8", 0, recipe=recipe).record
+    assert (record["task"], record["metric"]) == ("link", "hits@50")
+    assert record["test_acc"] > 60, "neighbours in the graph have similar digits; chance is 50 %"
+
+
 def test_checkpoint_errors(tmp_path: Path) -> None:
     path = tmp_path / "c.pt"
     path.write_bytes(b"not a checkpoint")
@@ -116,7 +246,8 @@ def test_nan_stops_with_the_epoch_and_the_tensor() -> None:
     ):
         t.run()
     t = trainer("fp32")
-    t.x = torch.full_like(t.data.x, torch.inf)
+    assert isinstance(t.task, tasks.NodeTask)
+    t.task.x = torch.full_like(t.task.data.x, torch.inf)
     with pytest.raises(train.TrainingError, match="epoch 0; it began in the features"):
         t.run()
 
@@ -124,7 +255,9 @@ def test_nan_stops_with_the_epoch_and_the_tensor() -> None:
 def test_without_an_epoch_within_the_limit_the_narrowest_is_taken() -> None:
     t = trainer("a2q", bits_limit=0.5, penalty=100.0, lr_bits=0.1, bits_share=1.0)
     t.run()
-    assert t.progress.best.key is not None and t.progress.best.key[0] == pytest.approx(0.5 - t.average_bits())
+    assert t.progress.best.key is not None and t.progress.best.key[0] == pytest.approx(
+        0.5 - quant.average_width(t.model)
+    )
 
 
 def test_penalty_lowers_the_widths() -> None:
@@ -135,18 +268,18 @@ def test_penalty_lowers_the_widths() -> None:
     widths = []
     for t in (free, pressed):
         t.run()
-        widths.append(t.average_bits())
+        widths.append(quant.average_width(t.model))
     assert widths[1] < widths[0]
 
 
 def test_unknown_names() -> None:
-    with pytest.raises(ValueError, match="there is no model 'gat'; choose one of gcn"):
-        train.train(DIGITS, "gat", "fp32", 0)
+    with pytest.raises(ValueError, match=r"there is no model 'mlp' for digits; choose one of .*gcn"):
+        train.train(DIGITS, "mlp", "fp32", 0)
     with pytest.raises(ValueError, match="there is no scheme 'int3'"):
         train.train(DIGITS, "gcn", "int3", 0)
     with pytest.raises(ValueError, match="epochs must be at least 1"):
         sized("fp32", 0, 8)
-    with pytest.raises(ValueError, match=r"no setting 'lrr' that is a number; there are warmup, epochs,"):
+    with pytest.raises(ValueError, match=r"no setting 'lrr'; there are warmup, epochs,"):
         sized("fp32", 1, 8, {"lrr": "1"})
     with pytest.raises(ValueError, match=r"distill must be a number \(float\), got 'much'"):
         sized("fp32", 1, 8, {"distill": "much"})
@@ -174,12 +307,13 @@ def test_training_runs_on_every_backend(backend: str, scheme: str) -> None:
         recipe = dataclasses.replace(recipe, warmup=0, distill=0.0)
         torch.manual_seed(0)
         model = train.build(quant.parse(scheme), dataset, recipe).to(device)
-        t = train.Trainer(model, train.prepare(dataset, recipe).to(device), recipe)
+        t = train.Trainer(model, tasks.task_of(dataset, recipe, device=device), recipe)
         t.end_warmup()
         values = []
         for epoch in range(2):
-            values.append(float(t._loss(epoch).detach()))
-            t.step(epoch)
+            (batch,) = t.task.batches()
+            values.append(float(t.loss(epoch, batch).detach()))
+            t.step(epoch, batch)
         return values
 
     with use_backend("reference"):

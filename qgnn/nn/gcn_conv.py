@@ -8,26 +8,9 @@ from torch import Tensor, nn
 from .. import ops
 from ..features import SparseFeatures
 from ..graph import Graph
-from ..quant import FeatureMap, Scheme, layer_quantizer, parse
+from ..quant import FeatureMap, Scheme, begin, column_quantizer, layer_quantizer, parse
+from .conv import check_features, check_message_passing, operand_map
 from .linear import Linear, check_channels
-
-_MESSAGE_PASSING_DEFAULTS = {
-    "aggr": ("add", "sum"),
-    "flow": ("source_to_target",),
-    "node_dim": (-2, 0),
-    "decomposed_layers": (1,),
-}
-
-
-def check_message_passing(arguments: dict[str, object]) -> None:
-    """Raises ValueError for arguments of PyG's MessagePassing that differ from what this layer does."""
-    for name, value in arguments.items():
-        if name not in _MESSAGE_PASSING_DEFAULTS:
-            raise TypeError(f"unknown argument {name!r}")
-        if value not in _MESSAGE_PASSING_DEFAULTS[name]:
-            raise ValueError(
-                f"{name}={value!r} is not supported; this layer has {name}={_MESSAGE_PASSING_DEFAULTS[name][0]!r}"
-            )
 
 
 class GCNConv(nn.Module):
@@ -43,8 +26,8 @@ class GCNConv(nn.Module):
         num_nodes: nodes of the graph; needed by "a2q".
 
     Shapes: ``x`` ``[N, in]`` (or :class:`qgnn.features.SparseFeatures`), ``edge_index`` ``[2, E]`` or a :class:`qgnn.Graph`,
-    ``edge_weight`` ``[E]`` or None -> ``[N, out]``. State-dict keys ``lin.weight`` and ``bias``, as PyG's; those of the quantizer start
-    with ``quantizer.``.
+    ``edge_weight`` ``[E]`` or None -> ``[N, out]``. State-dict keys ``lin.weight`` and ``bias``, as PyG's; those of the quantizers start
+    with ``quantizer.`` and ``operand_quantizer.``.
     """
 
     def __init__(
@@ -76,6 +59,7 @@ class GCNConv(nn.Module):
         self.bias = nn.Parameter(torch.zeros(out_channels)) if bias else None
         self.scheme = parse(scheme)
         self.quantizer = layer_quantizer(self.scheme, in_channels, out_channels, num_nodes)
+        self.operand_quantizer = column_quantizer(self.scheme, out_channels)
 
     def reset_parameters(self) -> None:
         self.lin.reset_parameters()
@@ -101,23 +85,18 @@ class GCNConv(nn.Module):
     def forward(
         self, x: Tensor | SparseFeatures, edge_index: Tensor | Graph, edge_weight: Tensor | None = None
     ) -> Tensor:
-        if not isinstance(x, Tensor | SparseFeatures) or len(x.shape) != 2 or x.size(1) != self.in_channels:
-            shape = list(x.shape) if isinstance(x, Tensor | SparseFeatures) else type(x).__name__
-            raise ValueError(f"x must be a tensor [N, {self.in_channels}], got {shape}")
-        graph, factor, weight = self.propagation(edge_index, x.size(0), edge_weight)
+        check_features("x", x, self.in_channels)
+        base = Graph.of(edge_index, x.size(0))
+        graph, factor, weight = self.propagation(base, x.size(0), edge_weight)
         if graph.device != x.device:
             raise ValueError(f"x is on {x.device} and the graph on {graph.device}; move one with .to()")
+        begin(self, base)
+        h = x @ self.lin.weight.t() if self.quantizer is None else self.quantizer.linear(x, self.lin.weight)
         if factor is not None:
-            factor = factor.to(self.lin.weight.dtype)
-        if self.quantizer is None:
-            h = x @ self.lin.weight.t()
-        else:
-            protect = self.quantizer.begin(graph)
-            h = self.quantizer.linear(x, self.lin.weight, protect)
-        if factor is not None:
+            factor = factor.to(h.dtype)
             h = h * factor.unsqueeze(1)
-        if self.quantizer is not None:
-            h = self.quantizer.operand(h, protect)
+        if self.operand_quantizer is not None:
+            h = self.operand_quantizer(h)
         out = ops.aggregate_csr(graph, h, weight)
         if factor is not None:
             out = out * factor.unsqueeze(1)
@@ -126,11 +105,10 @@ class GCNConv(nn.Module):
     def feature_maps(self, name: str, nodes: int) -> list[FeatureMap]:
         """The maps of this layer, for :func:`qgnn.quant.feature_maps`."""
         if self.quantizer is None:
-            return [
-                FeatureMap(f"{name}.input", self.in_channels, nodes, 32, "input", False),
-                FeatureMap(f"{name}.operand", self.out_channels, nodes, 32, "operand", False),
-            ]
-        return self.quantizer.feature_maps(name, nodes, aggregates=True)
+            given = FeatureMap(f"{name}.input", self.in_channels, nodes, 32, "input", False)
+        else:
+            given = self.quantizer.feature_map(name, nodes)
+        return [given, operand_map(self.operand_quantizer, name, self.out_channels, given.nodes)]
 
     def extra_repr(self) -> str:
         return f"{self.in_channels}, {self.out_channels}, scheme={self.scheme.name!r}"

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from ..features import SparseFeatures
 from ..quant import FeatureMap, Scheme, layer_quantizer, parse
 
 INITIALIZERS = ("glorot", "uniform", "kaiming_uniform", "zeros")
@@ -73,15 +74,19 @@ class Linear(nn.Module):
         if self.bias is not None:
             _initialize(self.bias, self.bias_initializer, self.in_channels, "uniform")
 
-    def forward(self, x: Tensor) -> Tensor:
-        out = x @ self.weight.t() if self.quantizer is None else self.quantizer.linear(x, self.weight, None)
+    def forward(self, x: Tensor | SparseFeatures) -> Tensor:
+        out = self.product(x)
         return out if self.bias is None else out + self.bias
+
+    def product(self, x: Tensor | SparseFeatures) -> Tensor:
+        """``x @ weight.T`` without the bias, which a convolution adds after its sum."""
+        return x @ self.weight.t() if self.quantizer is None else self.quantizer.linear(x, self.weight)
 
     def feature_maps(self, name: str, nodes: int) -> list[FeatureMap]:
         """The maps of this layer, for :func:`qgnn.quant.feature_maps`."""
         if self.quantizer is None:
             return [FeatureMap(f"{name}.input", self.in_channels, nodes, 32, "input", False)]
-        return self.quantizer.feature_maps(name, nodes, aggregates=False)
+        return [self.quantizer.feature_map(name, nodes)]
 
     def extra_repr(self) -> str:
         return f"{self.in_channels}, {self.out_channels}, bias={self.bias is not None}, scheme={self.scheme.name!r}"

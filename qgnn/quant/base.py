@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from ..features import SparseFeatures
-from ..graph import Graph
 from ..kernels.packing import bucket_rows, bucket_starts, container_of, containers_of, uniform_counts
 from ..qtensor import QTensor
 from .scheme import Scheme
@@ -107,19 +106,54 @@ def row_binary_codes(x: Tensor) -> InputCodes:
     return InputCodes(step, torch.ones(x.size(0), dtype=torch.uint8, device=x.device), False)
 
 
-class LayerQuantizer(nn.Module, ABC):
-    """Quantizes the three tensors that a layer moves: its input, its weight, and the operand of its aggregation.
+class Quantizer(nn.Module):
+    """What every quantizer has. While ``enabled`` is False it passes its values on in float32 (warm-up).
+
+    ``protect`` (bool ``[N]`` or None) is Degree-Quant's mask of the current forward pass and ``in_degree`` (``[N]`` or None) the graph's: a
+    convolution hands them out with :func:`qgnn.quant.begin`.
+    """
+
+    def __init__(self, scheme: Scheme) -> None:
+        super().__init__()
+        self.scheme = scheme
+        self.enabled = True
+        self.protect: Tensor | None = None
+        self.in_degree: Tensor | None = None
+
+
+class ColumnQuantizer(Quantizer, ABC):
+    """Quantizes a matrix with one step a column: the operand of an aggregation, whose integers are then summed without a factor per edge; with
+    ``parameters``, attention vectors, whose rows are no nodes that a mask could protect."""
+
+    def __init__(self, channels: int, scheme: Scheme, parameters: bool) -> None:
+        super().__init__(scheme)
+        self.channels, self.parameters_only = channels, parameters
+
+    @abstractmethod
+    def forward(self, h: Tensor) -> Tensor:
+        """The quantized ``h`` ``[N, channels]``."""
+
+    @abstractmethod
+    def codes(self) -> tuple[Tensor, Tensor]:
+        """Step (float32) and width (uint8) of every column, ``[channels]``."""
+
+    def feature_map(self, name: str, nodes: int) -> FeatureMap:
+        """The map of the operand, for the bookkeeping of NUMERICS 3."""
+        width = self.scheme.bits if self.enabled else 32
+        return FeatureMap(f"{name}.operand", self.channels, nodes, width, "operand", self.enabled, signed=True)
+
+
+class LayerQuantizer(Quantizer, ABC):
+    """Quantizes the two factors of a linear layer: its input and its weight.
 
     ``kind`` says how the input is represented: "new" before the first batch; "binary" when its rows hold 0 and one constant and 1 bit is exact,
-    "unsigned" or "signed" otherwise. It is found from the first batch, and stored with the state dict. While ``enabled`` is False the layer
-    computes in float32 (warm-up).
+    "unsigned" or "signed" otherwise. It is found from the first batch, and stored with the state dict.
     """
 
     def __init__(self, in_channels: int, out_channels: int, scheme: Scheme) -> None:
-        super().__init__()
-        self.in_channels, self.out_channels, self.scheme = in_channels, out_channels, scheme
+        super().__init__(scheme)
+        self.in_channels, self.out_channels = in_channels, out_channels
         self.kind = "new"
-        self.enabled = True
 
     def get_extra_state(self) -> dict[str, object]:
         return {"kind": self.kind}
@@ -150,17 +184,9 @@ class LayerQuantizer(nn.Module, ABC):
             self.kind = "signed" if bool((x < 0).any()) else "unsigned"
         return True
 
-    def begin(self, graph: Graph | None) -> Tensor | None:
-        """Called first in every forward pass. Returns the protective mask of the pass (bool ``[N]``), or None."""
-        return None
-
     @abstractmethod
-    def linear(self, x: Tensor | SparseFeatures, weight: Tensor, protect: Tensor | None) -> Tensor:
+    def linear(self, x: Tensor | SparseFeatures, weight: Tensor) -> Tensor:
         """``x @ weight.T`` on quantized values: ``x`` ``[N, in]``, ``weight`` ``[out, in]``."""
-
-    @abstractmethod
-    def operand(self, h: Tensor, protect: Tensor | None) -> Tensor:
-        """The quantized operand of the aggregation, ``[N, out]``."""
 
     @abstractmethod
     def input_codes(self, x: Tensor | None) -> InputCodes:
@@ -171,32 +197,21 @@ class LayerQuantizer(nn.Module, ABC):
         """The weight ``[out, in]`` as codes with a step per output (axis "row")."""
 
     @abstractmethod
-    def operand_codes(self) -> tuple[Tensor, Tensor]:
-        """Step (float32) and width (uint8) of every column of the operand, ``[out]``."""
-
-    @abstractmethod
     def input_bits(self) -> Tensor | int:
         """Width of the input, per node or one number (32 while it is not quantized)."""
 
-    def feature_maps(self, name: str, nodes: int, aggregates: bool) -> list[FeatureMap]:
-        """The maps of this layer, for the bookkeeping of NUMERICS 3."""
+    def feature_map(self, name: str, nodes: int) -> FeatureMap:
+        """The map of the input, for the bookkeeping of NUMERICS 3."""
         bits, binary = self.input_bits(), self.kind == "binary"
         learned = isinstance(bits, Tensor) and not binary
-        maps = [
-            FeatureMap(
-                f"{name}.input",
-                self.in_channels,
-                nodes,
-                1 if binary else bits,
-                "input",
-                self.enabled and not binary,
-                learned,
-                self.kind == "signed" and learned,
-            )
-        ]
-        if aggregates:
-            width = self.scheme.bits if self.enabled else 32
-            maps.append(
-                FeatureMap(f"{name}.operand", self.out_channels, nodes, width, "operand", self.enabled, signed=True)
-            )
-        return maps
+        nodes = bits.numel() if isinstance(bits, Tensor) and not binary else nodes
+        return FeatureMap(
+            f"{name}.input",
+            self.in_channels,
+            nodes,
+            1 if binary else bits,
+            "input",
+            self.enabled and not binary,
+            learned,
+            self.kind == "signed" and learned,
+        )

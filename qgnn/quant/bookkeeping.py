@@ -9,18 +9,14 @@ from torch import Tensor, nn
 from .base import FeatureMap
 
 
-def feature_maps(model: nn.Module, nodes: int) -> list[FeatureMap]:
-    """Every feature map that the model's kernels read: the input of each layer and the operand of each aggregation. Not the output."""
-    return _maps(model, "", nodes)
-
-
-def _maps(module: nn.Module, name: str, nodes: int) -> list[FeatureMap]:
-    listed = getattr(module, "feature_maps", None)
+def feature_maps(model: nn.Module, nodes: int, name: str = "") -> list[FeatureMap]:
+    """Every feature map that the model's kernels read: the input of each layer and the operand of each aggregation. Not the output. ``name`` is
+    put before the names of the layers."""
+    listed = getattr(model, "feature_maps", None)
     if listed is not None:
         return list(listed(name or "model", nodes))
-    return [
-        m for child, inner in module.named_children() for m in _maps(inner, f"{name}.{child}" if name else child, nodes)
-    ]
+    children = ((f"{name}.{child}" if name else child, inner) for child, inner in model.named_children())
+    return [m for place, inner in children for m in feature_maps(inner, nodes, place)]
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..graph import Graph
-from .qat import QATQuantizer
+from .scheme import Scheme
 
 
 def protection_probability(in_degree: Tensor, p_min: float, p_max: float, batch: Tensor | None = None) -> Tensor:
@@ -40,16 +40,17 @@ def protection_probability(in_degree: Tensor, p_min: float, p_max: float, batch:
     return p_min + (p_max - p_min) * share.to(torch.float32)
 
 
-class DegreeQuantQuantizer(QATQuantizer):
-    """QAT whose protected nodes skip the quantization of their input and of their messages; weights are always quantized.
+def protective_mask(scheme: Scheme, graph: Graph) -> Tensor:
+    """The mask of one layer in one training step, bool ``[N]``, drawn anew (DQ algorithm 1). Ranks are taken within each graph of a batch, which
+    ``graph.notes["batch"]`` holds where there are several.
 
-    The mask is drawn anew in every layer and training step; at evaluation nothing is protected.
+    Raises:
+        ValueError: the graph is bipartite, so that its sources have no in-degree.
     """
-
-    def begin(self, graph: Graph | None) -> Tensor | None:
-        if not (self.training and self.enabled) or graph is None:
-            return None
-        key = ("protection", self.scheme.p_min, self.scheme.p_max)
-        if key not in graph.notes:
-            graph.notes[key] = protection_probability(graph.in_degree, self.scheme.p_min, self.scheme.p_max)
-        return torch.bernoulli(graph.notes[key]).bool()
+    if graph.num_sources != graph.num_nodes:
+        raise ValueError("Degree-Quant protects by in-degree, which sources of a bipartite graph do not have; use int8")
+    key = ("protection", scheme.p_min, scheme.p_max)
+    if key not in graph.notes:
+        batch = graph.notes.get("batch")
+        graph.notes[key] = protection_probability(graph.in_degree, scheme.p_min, scheme.p_max, batch)
+    return torch.bernoulli(graph.notes[key]).bool()

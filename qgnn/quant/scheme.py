@@ -1,11 +1,12 @@
-"""Scheme names: "fp32", "int8", "int4-clip-momentum", "dq-int4", "a2q"."""
+"""Scheme names: "fp32", "int8", "int4-clip-momentum", "dq-int4", "a2q", "a2q-nns", "a2q-steps"."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-Method = Literal["fp32", "qat", "dq", "a2q"]
+Method = Literal["fp32", "half", "qat", "dq", "a2q", "binary"]
 
 
 @dataclass(frozen=True)
@@ -14,14 +15,18 @@ class Scheme:
 
     Attributes:
         name: the name it was parsed from.
-        method: "fp32"; "qat", plain quantization-aware training; "dq", Degree-Quant; "a2q", A2Q with steps and widths per node.
-        bits: width of everything (qat, dq), or of weights and aggregation operands (a2q, whose features learn their own).
+        method: "fp32"; "half", 16-bit floats; "qat", plain quantization-aware training; "dq", Degree-Quant; "a2q", A2Q; "binary", Bi-GCN.
+        bits: width of everything (qat, dq, half, binary), or of weights and aggregation operands (a2q, whose features learn their own).
         observer: how ranges follow the data (NUMERICS 5): "minmax" running extremes, "momentum" moving average.
         percentile: fraction of the values clipped at each end of a range; 0 takes the extremes.
         sample: fraction of the values that percentiles look at.
         ste: gradient outside a range, "clip" (zero) or "pass" (unchanged; "ste" in Degree-Quant's tables).
         p_min, p_max: Degree-Quant's probabilities of protection.
         noise: probability that an element of a weight is not quantized in a training step (nQAT); 0 in the other schemes.
+        groups: A2Q with the nearest neighbour strategy: number of (step, width) pairs; 0 gives every node its own (node level).
+        gradient: of A2Q's feature steps and widths: "local", of the quantization error (eq. 7, 8); "global", of the loss (eq. 3, 4).
+        learn_steps, learn_bits: whether A2Q's steps and widths learn; the ablations of its table 3 switch them off.
+        manual: widths are not learned but assigned by in-degree (A2Q figure 5).
     """
 
     name: str
@@ -34,10 +39,16 @@ class Scheme:
     p_min: float = 0.0
     p_max: float = 0.0
     noise: float = 0.0
+    groups: int = 0
+    gradient: Literal["local", "global"] = "local"
+    learn_steps: bool = True
+    learn_bits: bool = True
+    manual: bool = False
 
 
 SCHEMES = {
     "fp32": Scheme("fp32", "fp32"),
+    "fp16": Scheme("fp16", "half", 16),
     "int8": Scheme("int8", "qat", 8, percentile=0.001),
     "int4": Scheme("int4", "qat", 4, percentile=0.01),
     "nqat-int8": Scheme("nqat-int8", "qat", 8, percentile=0.001, noise=0.5),
@@ -45,11 +56,15 @@ SCHEMES = {
     "dq-int8": Scheme("dq-int8", "dq", 8, percentile=0.001, p_max=0.1),
     "dq-int4": Scheme("dq-int4", "dq", 4, percentile=0.01, p_max=0.1),
     "a2q": Scheme("a2q", "a2q", 4),
+    "a2q-nns": Scheme("a2q-nns", "a2q", 4, groups=1000, gradient="global"),
+    "bi": Scheme("bi", "binary", 1),
 }
 """Named schemes. Ranges: the 0.1 % of Degree-Quant's paper at 8 bits, the 1 % of its released code at 4; docs/accuracy.md compares the variants.
-int8 and int4 take suffixes for the variants of Degree-Quant's table 1: -clip or -ste, -minmax or -momentum, -extremes or -percentile."""
+The names with int8 and int4 take suffixes for the variants of Degree-Quant's tables 1 and 9: -clip or -ste, -minmax or -momentum, -extremes or
+-percentile. a2q and a2q-nns take those of A2Q's ablations: -fixed (nothing learns), -steps or -bits (only these learn), -manual (widths by
+in-degree), -global (gradient), and a2q-nns -m400 for 400 groups."""
 
-_SUFFIXES: dict[str, dict[str, Any]] = {
+_RANGES: dict[str, dict[str, Any]] = {
     "clip": {"ste": "clip"},
     "ste": {"ste": "pass"},
     "minmax": {"observer": "minmax"},
@@ -57,6 +72,20 @@ _SUFFIXES: dict[str, dict[str, Any]] = {
     "extremes": {"percentile": 0.0},
     "percentile": {},
 }
+_ABLATIONS: dict[str, dict[str, Any]] = {
+    "fixed": {"learn_steps": False, "learn_bits": False},
+    "steps": {"learn_bits": False},
+    "bits": {"learn_steps": False},
+    "manual": {"learn_bits": False, "manual": True},
+    "global": {"gradient": "global"},
+}
+_EXCLUSIVE = (
+    ("clip", "ste"),
+    ("minmax", "momentum"),
+    ("extremes", "percentile"),
+    ("fixed", "steps", "bits", "manual"),
+    ("global",),
+)
 
 
 def parse(name: str | Scheme) -> Scheme:
@@ -69,15 +98,24 @@ def parse(name: str | Scheme) -> Scheme:
         return name
     if name in SCHEMES:
         return SCHEMES[name]
-    base, *suffixes = name.split("-")
-    scheme = SCHEMES.get(base)
-    if scheme is None or scheme.method != "qat" or not all(s in _SUFFIXES for s in suffixes):
+    base = max((s for s in SCHEMES if name.startswith(f"{s}-")), key=len, default="")
+    suffixes = name[len(base) + 1 :].split("-")
+    scheme = SCHEMES.get(base, SCHEMES["fp32"])
+    known = {"qat": _RANGES, "dq": _RANGES, "a2q": _ABLATIONS}.get(scheme.method, {})
+    changes = [_groups(s) if scheme.groups and s not in known else known.get(s) for s in suffixes]
+    if not base or None in changes or (scheme.groups and "manual" in suffixes):
         raise ValueError(
-            f"there is no scheme {name!r}; choose one of {', '.join(SCHEMES)}, or int8/int4 with suffixes {', '.join('-' + s for s in _SUFFIXES)}"
+            f"there is no scheme {name!r}; choose one of {', '.join(SCHEMES)}; those with int8 or int4 take the suffixes "
+            f"{', '.join('-' + s for s in _RANGES)}, a2q and a2q-nns {', '.join('-' + s for s in _ABLATIONS)}, a2q-nns -mGROUPS"
         )
-    for pair in (("clip", "ste"), ("minmax", "momentum"), ("extremes", "percentile")):
-        if sum(suffixes.count(suffix) for suffix in pair) > 1:
-            raise ValueError(f"scheme {name!r} says -{pair[0]} or -{pair[1]} more than once")
-    for suffix in suffixes:
-        scheme = replace(scheme, **_SUFFIXES[suffix])
+    for choices in _EXCLUSIVE:
+        if sum(suffixes.count(suffix) for suffix in choices) > 1:
+            raise ValueError(f"scheme {name!r} says {' or '.join('-' + c for c in choices)} more than once")
+    for change in changes:
+        scheme = replace(scheme, **(change or {}))
     return replace(scheme, name=name)
+
+
+def _groups(suffix: str) -> dict[str, int] | None:
+    match = re.fullmatch(r"m([1-9]\d*)", suffix)
+    return {"groups": int(match[1])} if match else None

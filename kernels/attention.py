@@ -1,0 +1,172 @@
+"""Softmax over the in-edges of every node, and graph attention fused with its aggregation (Velickovic et al., "Graph Attention Networks", ICLR
+2018, eq. 3 and 4; the passes follow Dao et al., "FlashAttention", NeurIPS 2022).
+
+Graphs as in :mod:`.aggregate`: ``indptr`` ``[N + 1]``, ``indices`` and ``rows`` ``[E]`` (sources and destinations, int32), ``schedule``; edge
+tensors are in CSR order. ``H`` heads of ``C`` channels. For an edge e from j to i, and each head:
+
+    raw_e = src[j] + dst[i] + edge_score[e]
+    score_e = raw_e if raw_e > 0 else negative_slope * raw_e
+    p_e = exp(score_e - top[i]), top[i] = max over the edges of i of score_e
+    alpha_e = p_e / total[i], total[i] = sum over the edges of i of p_e
+    out[i] = sum over the edges of i of alpha_e * scale_e * x[j]
+
+Nothing of size ``E * H * C`` is made. Backward computes alpha again from ``top`` and ``total``; with ``g`` the gradient of out:
+
+    dscore_e = alpha_e * (scale_e * <g[i], x[j]> - <g[i], out[i]>)
+    draw_e = dscore_e if raw_e > 0 else negative_slope * dscore_e
+    dedge_score[e] = draw_e,  ddst[i] and dsrc[j] = sums of draw_e,  dx[j] = sum over the edges of j of alpha_e * scale_e * g[i]
+
+All of it is float32 (float64 for float64), summed in a fixed order, so two runs give the same bits. Rows without edges are 0. An edge of score
+-inf counts as no edge; a score of NaN or +inf makes its row NaN.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .backend import implementation
+from .quantize import compute_dtype
+
+
+def _row_sum(rows: Tensor, n: int, values: Tensor) -> Tensor:
+    return values.new_zeros(n, *values.shape[1:]).index_add_(0, rows.long(), values)
+
+
+def _statistics_reference(rows: Tensor, n: int, scores: Tensor) -> tuple[Tensor, Tensor]:
+    """``top`` (the lowest float for an empty row) and ``total`` (1 for an empty row), ``[N, H]``."""
+    lowest = scores.new_full((n, scores.size(1)), torch.finfo(scores.dtype).min)
+    top = lowest.scatter_reduce(0, rows.long().unsqueeze(1).expand_as(scores), scores, "amax")
+    total = _row_sum(rows, n, torch.exp(scores - top[rows.long()]))
+    return top, torch.where(total == 0, 1, total)
+
+
+def edge_softmax_reference(indptr: Tensor, rows: Tensor, schedule: Sequence[Tensor], scores: Tensor) -> Tensor:
+    wide, place = scores.to(compute_dtype(scores)), rows.long()
+    top, total = _statistics_reference(rows, indptr.numel() - 1, wide)
+    return (torch.exp(wide - top[place]) / total[place]).to(scores.dtype)
+
+
+@torch.library.custom_op("qgnn::edge_softmax", mutates_args=())
+def edge_softmax(indptr: Tensor, rows: Tensor, schedule: Sequence[Tensor], scores: Tensor) -> Tensor:
+    """``scores`` ``[E, H]`` -> ``alpha`` ``[E, H]`` in their dtype (float16, bfloat16, float32; float64 on a CPU)."""
+    return implementation("attention", "edge_softmax", edge_softmax_reference, scores)(indptr, rows, schedule, scores)
+
+
+@edge_softmax.register_fake
+def _(indptr: Tensor, rows: Tensor, schedule: Sequence[Tensor], scores: Tensor) -> Tensor:
+    return scores.new_empty(scores.shape)
+
+
+def edge_softmax_backward_reference(
+    indptr: Tensor, rows: Tensor, schedule: Sequence[Tensor], alpha: Tensor, grad: Tensor
+) -> Tensor:
+    wide = alpha.to(compute_dtype(alpha))
+    product = wide * grad.to(wide.dtype)
+    return (product - wide * _row_sum(rows, indptr.numel() - 1, product)[rows.long()]).to(alpha.dtype)
+
+
+@torch.library.custom_op("qgnn::edge_softmax_backward", mutates_args=())
+def edge_softmax_backward(
+    indptr: Tensor, rows: Tensor, schedule: Sequence[Tensor], alpha: Tensor, grad: Tensor
+) -> Tensor:
+    """Gradient of the scores, ``alpha_e * (grad_e - sum over the edges of the row of alpha * grad)``; all ``[E, H]``, in the dtype of ``alpha``."""
+    return implementation("attention", "edge_softmax_backward", edge_softmax_backward_reference, alpha)(
+        indptr, rows, schedule, alpha, grad
+    )
+
+
+@edge_softmax_backward.register_fake
+def _(indptr: Tensor, rows: Tensor, schedule: Sequence[Tensor], alpha: Tensor, grad: Tensor) -> Tensor:
+    return alpha.new_empty(alpha.shape)
+
+
+def _raw_reference(rows: Tensor, indices: Tensor, src: Tensor, dst: Tensor, edge_score: Tensor | None) -> Tensor:
+    raw = src[indices.long()] + dst[rows.long()]
+    return raw if edge_score is None else raw + edge_score.to(raw.dtype)
+
+
+def gat_aggregate_reference(
+    indptr: Tensor, indices: Tensor, rows: Tensor, schedule: Sequence[Tensor], x: Tensor, src: Tensor, dst: Tensor, edge_score: Tensor | None,
+    scale: Tensor | None, negative_slope: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    n, dtype, place = indptr.numel() - 1, compute_dtype(x), rows.long()
+    raw = _raw_reference(rows, indices, src.to(dtype), dst.to(dtype), edge_score)
+    scores = torch.where(raw > 0, raw, negative_slope * raw)
+    top, total = _statistics_reference(rows, n, scores)
+    weight = torch.exp(scores - top[place]) / total[place]
+    weight = weight if scale is None else weight * scale.to(dtype)
+    wide = x.to(dtype)
+    out = wide.new_empty(n, x.size(1), x.size(2))
+    for head in range(x.size(1)):
+        out[:, head] = _row_sum(rows, n, weight[:, head, None] * wide[:, head][indices.long()])
+    return out.to(x.dtype), top, total
+
+
+@torch.library.custom_op("qgnn::gat_aggregate", mutates_args=())
+def gat_aggregate(
+    indptr: Tensor, indices: Tensor, rows: Tensor, schedule: Sequence[Tensor], x: Tensor, src: Tensor, dst: Tensor, edge_score: Tensor | None,
+    scale: Tensor | None, negative_slope: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """``x`` ``[M, H, C]`` (float16, bfloat16, float32; float64 on a CPU), ``src`` ``[M, H]``, ``dst`` ``[N, H]``, ``edge_score`` and ``scale``
+    ``[E, H]`` or none, of any of these dtypes -> ``out`` ``[N, H, C]`` in the dtype of ``x``; ``top`` and ``total`` ``[N, H]`` in float32 (float64),
+    the lowest float and 1 for an empty row."""
+    return implementation("attention", "gat_aggregate", gat_aggregate_reference, x)(
+        indptr, indices, rows, schedule, x, src, dst, edge_score, scale, negative_slope
+    )
+
+
+@gat_aggregate.register_fake
+def _(
+    indptr: Tensor, indices: Tensor, rows: Tensor, schedule: Sequence[Tensor], x: Tensor, src: Tensor, dst: Tensor, edge_score: Tensor | None,
+    scale: Tensor | None, negative_slope: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    n = indptr.shape[0] - 1
+    out = x.new_empty((n, x.shape[1], x.shape[2]))
+    top, total = (x.new_empty((n, x.shape[1]), dtype=compute_dtype(x)) for _ in range(2))
+    return out, top, total
+
+
+def gat_backward_reference(
+    indptr: Tensor, indices: Tensor, rows: Tensor, schedule: Sequence[Tensor], transposed: Sequence[Tensor], grad: Tensor, x: Tensor, src: Tensor,
+    dst: Tensor, edge_score: Tensor | None, scale: Tensor | None, out: Tensor, top: Tensor, total: Tensor, negative_slope: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    n, m, dtype, place, source = indptr.numel() - 1, x.size(0), compute_dtype(x), rows.long(), indices.long()
+    wide, upstream = x.to(dtype), grad.to(dtype)
+    raw = _raw_reference(rows, indices, src.to(dtype), dst.to(dtype), edge_score)
+    alpha = torch.exp(torch.where(raw > 0, raw, negative_slope * raw) - top[place]) / total[place]
+    factor = torch.ones_like(alpha) if scale is None else scale.to(dtype)
+    product, grad_x = torch.empty_like(alpha), torch.empty_like(wide)
+    for head in range(x.size(1)):
+        product[:, head] = (upstream[:, head][place] * wide[:, head][source]).sum(1)
+        messages = (alpha * factor)[:, head, None] * upstream[:, head][place]
+        grad_x[:, head] = _row_sum(indices, m, messages)
+    inner = (upstream * out.to(dtype)).sum(2)
+    dscore = alpha * (factor * product - inner[place])
+    draw = torch.where(raw > 0, dscore, negative_slope * dscore)
+    return grad_x.to(x.dtype), _row_sum(indices, m, draw), _row_sum(rows, n, draw), draw
+
+
+@torch.library.custom_op("qgnn::gat_backward", mutates_args=())
+def gat_backward(
+    indptr: Tensor, indices: Tensor, rows: Tensor, schedule: Sequence[Tensor], transposed: Sequence[Tensor], grad: Tensor, x: Tensor, src: Tensor,
+    dst: Tensor, edge_score: Tensor | None, scale: Tensor | None, out: Tensor, top: Tensor, total: Tensor, negative_slope: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of x ``[M, H, C]`` in its dtype, and, in float32 (float64), of src ``[M, H]``, dst ``[N, H]`` and edge_score ``[E, H]``.
+    ``transposed`` is the graph by source: ``indptr`` ``[M + 1]``, ``indices`` (destinations), ``edges`` (CSR place of each) and its schedule;
+    ``grad`` ``[N, H, C]``; ``out``, ``top`` and ``total`` are those of :func:`gat_aggregate`."""
+    return implementation("attention", "gat_backward", gat_backward_reference, x)(
+        indptr, indices, rows, schedule, transposed, grad, x, src, dst, edge_score, scale, out, top, total, negative_slope
+    )  # fmt: skip
+
+
+@gat_backward.register_fake
+def _(
+    indptr: Tensor, indices: Tensor, rows: Tensor, schedule: Sequence[Tensor], transposed: Sequence[Tensor], grad: Tensor, x: Tensor, src: Tensor,
+    dst: Tensor, edge_score: Tensor | None, scale: Tensor | None, out: Tensor, top: Tensor, total: Tensor, negative_slope: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    shapes = src.shape, dst.shape, (indices.shape[0], x.shape[1])
+    grad_src, grad_dst, draw = (x.new_empty(shape, dtype=compute_dtype(x)) for shape in shapes)
+    return x.new_empty(x.shape), grad_src, grad_dst, draw

@@ -1,0 +1,150 @@
+"""Processes that train cells. One that crashes loses the cell it was at; all end with the process that started them."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import lru_cache
+from multiprocessing import connection, get_context, parent_process
+from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..data import load
+from ..train import TrainingError
+from .store import Cell, Store, run
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What every process is told: the folder of the runs, that of the data sets, the device, and how many threads torch may use."""
+
+    out: Path
+    root: Path | None
+    device: str
+    threads: int
+
+
+@dataclass
+class _Worker:
+    process: SpawnProcess
+    link: Connection
+    cell: Cell
+    share: float = 0.0  # of the cell's epochs that are done
+
+
+def outcomes(
+    cells: Iterable[Cell], jobs: int, setup: Setup, progress: Callable[[float], None]
+) -> Iterator[tuple[Cell, dict[str, Any] | str]]:
+    """Trains the cells in ``jobs`` processes; yields each, when it ends, with its record or with a sentence that says why it failed.
+
+    Args:
+        progress: called with the number of cells done; those under way count in part.
+    """
+    waiting, busy, ended = deque(cells), dict[Connection, _Worker](), 0
+    try:
+        while waiting and len(busy) < jobs:
+            _start(waiting.popleft(), setup, busy)
+        while busy:
+            for link in connection.wait(list(busy)):
+                worker = busy[link]  # type: ignore[index]  # wait() also takes sockets, which none of these is
+                message = _receive(worker)
+                if isinstance(message, float):
+                    worker.share = message
+                else:
+                    worker.share, ended = 0.0, ended + 1
+                    yield worker.cell, message
+                    _next(worker, waiting, setup, busy)
+                progress(ended + sum(w.share for w in busy.values()))
+    finally:
+        for worker in busy.values():
+            worker.process.kill()
+            worker.process.join()
+
+
+def _start(cell: Cell, setup: Setup, busy: dict[Connection, _Worker]) -> None:
+    context = get_context("spawn")  # fork would copy torch's and Numba's thread pools in an unusable state
+    link, theirs = context.Pipe()
+    process = context.Process(target=_work, args=(theirs, setup), daemon=True)
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        process.start()  # inherits the mask: Ctrl-C reaches the whole group, and this process decides what ends
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    theirs.close()  # so that the link ends when the process does
+    busy[link] = _Worker(process, link, cell)
+    _send(busy[link])
+
+
+def _send(worker: _Worker) -> None:
+    with suppress(BrokenPipeError):  # it has crashed, which the next message tells
+        worker.link.send(worker.cell)
+
+
+def _receive(worker: _Worker) -> float | dict[str, Any] | str:
+    """The next message: a share of the epochs, a record, or a sentence about a failure."""
+    try:
+        return worker.link.recv()
+    except (EOFError, OSError):
+        worker.process.join()
+        code = worker.process.exitcode or 0
+        reason = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        return f"its process ended with {reason} (SIGKILL mostly means that memory ran out)"
+
+
+def _next(worker: _Worker, waiting: deque[Cell], setup: Setup, busy: dict[Connection, _Worker]) -> None:
+    """Gives a worker, or one in the place of a crashed one, the next cell; sends it home if there is none."""
+    alive = worker.process.is_alive()
+    if alive and waiting:
+        worker.cell = waiting.popleft()
+        _send(worker)
+        return
+    del busy[worker.link]
+    worker.link.close()
+    worker.process.join()
+    if waiting:
+        _start(waiting.popleft(), setup, busy)
+
+
+# In the process
+
+_loaded = lru_cache(maxsize=1)(load)  # cells come row by row, so the next one mostly has the same data
+
+
+def _work(link: Connection, setup: Setup) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    torch.set_num_threads(setup.threads)
+    with suppress(EOFError):  # raised when there is no more to do
+        while True:
+            cell = link.recv()
+            link.send(_outcome(cell, setup, link))
+
+
+def _outcome(cell: Cell, setup: Setup, link: Connection) -> dict[str, Any] | str:
+    try:
+        dataset = _loaded(cell.dataset, setup.root)
+        return run(cell, dataset, Store(setup.out), setup.device, lambda n, total: link.send(n / total)).record
+    except (TrainingError, ValueError, OSError) as error:
+        return str(error)
+    except Exception as error:  # an error of ours costs one cell, too
+        _log.exception("%s", cell)
+        return f"{type(error).__name__}: {error}"
+
+
+def _end_with_parent() -> None:
+    """Ends this process at once when the one that started it is gone, killed or not."""
+    parent = parent_process()
+    assert parent is not None
+    connection.wait([parent.sentinel])
+    os._exit(1)

@@ -1,0 +1,108 @@
+"""Graph isomorphism convolution (Xu et al. 2019) with PyG's signature."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..graph import Graph
+from ..quant import FeatureMap, Scheme, begin, column_quantizer, feature_maps, parse
+from .conv import (
+    Features,
+    aggregated,
+    both_sides,
+    check_features,
+    check_message_passing,
+    check_reduction,
+    dense,
+    graph_of,
+    leading_linear,
+    narrows,
+    operand_map,
+    reset,
+)
+from .linear import Linear
+
+
+class GINConv(nn.Module):
+    """``nn((1 + eps) x_i + sum_j x_j)`` on quantized values (A2Q table 4).
+
+    The operand of the aggregation, ``x``, has a step per column, so that the sum runs over integers; the layers of ``nn`` quantize what they read:
+    A2Q with a step and a width per node, as magnitudes after a sum follow the in-degree (A2Q figure 1). Where ``nn`` starts with a Linear that
+    makes the map narrower, that product runs before the sum, which is then of fewer columns.
+
+    Args:
+        nn: a :class:`qgnn.nn.Linear`, or a ``Sequential`` (or another module) of these with BatchNorm and activations between them.
+        eps: start value of epsilon.
+        train_eps: whether epsilon is learned.
+        aggr: "add", "mean", "max" or "min" (A2Q table 15).
+        scheme: of the operand; the layers of ``nn`` have theirs.
+
+    Shapes: ``x`` ``[N, in]``, or a pair ``([M, in], [N, in] or None)`` for a bipartite graph; ``edge_index`` ``[2, E]`` or a
+    :class:`qgnn.Graph` -> ``[N, out]``. State-dict keys ``eps`` and ``nn.*``, as PyG's.
+    """
+
+    def __init__(
+        self,
+        nn: nn.Module,
+        eps: float = 0.0,
+        train_eps: bool = False,
+        *,
+        aggr: str = "add",
+        scheme: str | Scheme = "fp32",
+        **kwargs: object,
+    ) -> None:
+        super().__init__()
+        check_message_passing(kwargs)
+        self.reduce = check_reduction(aggr)
+        linear = leading_linear(nn) or next((m for m in nn.modules() if isinstance(m, Linear)), None)
+        if linear is None:
+            raise ValueError("the nn of a GINConv must hold a qgnn.nn.Linear: it says how many features there are")
+        self.nn, self.initial_eps, self.in_channels = nn, eps, linear.in_channels
+        self.first = narrows(linear, self.reduce) and leading_linear(nn) is linear
+        self.scheme = parse(scheme)
+        self.operand_channels = linear.out_channels if self.first else linear.in_channels
+        self.operand_quantizer = column_quantizer(self.scheme, self.operand_channels)
+        if train_eps:
+            self.eps = torch.nn.Parameter(torch.tensor([float(eps)]))
+        else:
+            self.register_buffer("eps", torch.tensor([float(eps)]))
+
+    def reset_parameters(self) -> None:
+        reset(self.nn)
+        torch.nn.init.constant_(self.eps, self.initial_eps)
+
+    def forward(
+        self,
+        x: Features | tuple[Features, Features | None],
+        edge_index: Tensor | Graph,
+        size: tuple[int, int] | None = None,
+    ) -> Tensor:
+        source, target, sizes = both_sides(x, size)
+        check_features("x", source, self.in_channels)
+        graph = graph_of(edge_index, sizes, source)
+        begin(self, graph)
+        if not self.first:
+            out, operand = aggregated(graph, dense(source), self.operand_quantizer, self.reduce)
+            if target is not None:
+                # one map is one tensor in memory: what a node adds of its own is what its neighbours read
+                out = out + (1 + self.eps) * (operand if target is source else dense(target))
+            return self.nn(out)
+        linear = leading_linear(self.nn)
+        assert linear is not None, "as __init__ found it"
+        out, operand = aggregated(graph, linear.product(source), self.operand_quantizer, self.reduce)
+        if target is not None:
+            out = out + (1 + self.eps) * (operand if target is source else linear.product(target))
+        if linear.bias is not None:
+            out = out + linear.bias
+        for layer in list(self.nn)[1:] if isinstance(self.nn, nn.Sequential) else []:
+            out = layer(out)
+        return out
+
+    def feature_maps(self, name: str, nodes: int) -> list[FeatureMap]:
+        """The maps of this layer, for :func:`qgnn.quant.feature_maps`."""
+        inner = feature_maps(self.nn, nodes, f"{name}.nn")
+        return [*inner, operand_map(self.operand_quantizer, name, self.operand_channels, inner[0].nodes)]
+
+    def extra_repr(self) -> str:
+        return f"scheme={self.scheme.name!r}"

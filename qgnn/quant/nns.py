@@ -1,0 +1,65 @@
+"""A2Q's nearest neighbour strategy: groups of steps and widths for graphs that training never saw (A2Q sec. 3.3, algorithm 1; NUMERICS 4)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..kernels.quantize import largest_code
+from ..qtensor import rounded_bits
+from .a2q import SMALLEST_STEP, LearnedQuantizer, bits_for_equal_steps, drawn_steps
+from .base import InputCodes
+from .scheme import Scheme
+
+
+class GroupQuantizer(LearnedQuantizer):
+    """Graph level: ``groups`` pairs of a step and a width. A node takes the pair whose largest value is nearest to its own largest magnitude.
+
+    ``usage`` ``[groups]`` counts the nodes that took each pair in evaluation since :func:`reset_usage`: the average width is theirs.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, scheme: Scheme) -> None:
+        super().__init__(in_channels, out_channels, scheme, scheme.groups)
+        self.register_buffer("usage", torch.zeros(scheme.groups, dtype=torch.int64))
+        self.usage: Tensor
+        self.counts = torch.zeros(scheme.groups)
+
+    def product(self, x: Tensor, weight: Tensor) -> Tensor:
+        x_q, group = ops.fake_quantize_nearest(
+            x, self.log_step.exp(), self.bits, signed=self.kind == "signed", ste=self.scheme.ste
+        )
+        counts = torch.bincount(group, minlength=self.bits.numel())
+        if self.training:
+            self.counts = counts
+        else:
+            self.usage += counts
+        return x_q @ weight
+
+    @torch.no_grad()
+    def _start_input(self, x: Tensor) -> None:
+        """The groups' largest values are spread over the rows' largest magnitudes, so that each group serves equally many nodes at first."""
+        place = torch.linspace(0, max(x.size(0) - 1, 0), self.bits.numel(), device=x.device).round().long()
+        largest = torch.sort(x.abs().amax(1)).values[place].clamp_min(SMALLEST_STEP)
+        if self.initial_step:
+            self.bits.fill_(self.initial_bits)
+            self.log_step.copy_(drawn_steps(self.log_step, self.initial_step).log())
+            return
+        self.bits.copy_(bits_for_equal_steps(largest.unsqueeze(1), self.initial_bits, lowest=2.0))
+        self.log_step.copy_((largest / largest_code(rounded_bits(self.bits), self.kind == "signed").clamp_min(1)).log())
+
+    def input_codes(self, x: Tensor | None) -> InputCodes:
+        raise ValueError("the nearest neighbour strategy chooses steps as values come: it has no fixed codes to freeze")
+
+    def width_sum(self) -> tuple[Tensor, int]:
+        return (self.counts.to(self.bits) * self.bits).sum(), int(self.counts.sum())
+
+    def input_bits(self) -> Tensor | int:
+        return rounded_bits(self.bits).repeat_interleave(self.usage) if self.enabled else 32
+
+
+def reset_usage(model: nn.Module) -> None:
+    """Forgets which groups were used, before a pass over the data that the average width is to be counted on."""
+    for module in model.modules():
+        if isinstance(module, GroupQuantizer):
+            module.usage.zero_()
