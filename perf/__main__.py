@@ -13,7 +13,7 @@ import torch
 
 from .. import __version__
 from ..data import Dataset, load
-from . import kernels, quantizers
+from . import inference, kernels, quantizers
 from .kernels import Row
 from .train_step import train_steps
 
@@ -74,7 +74,7 @@ def main(arguments: list[str] | None = None) -> int:
         description=__doc__,
         epilog="example: python -m qgnn.perf --suite train-step --dataset Cora",
     )
-    parser.add_argument("--suite", choices=("kernels", "quantizers", "train-step", "all"), default="all")
+    parser.add_argument("--suite", choices=("kernels", "quantizers", "inference", "train-step", "all"), default="all")
     parser.add_argument(
         "--graphs", default="powerlaw:169343,2332486", help="synthetic graphs of the aggregation, separated by spaces"
     )
@@ -97,6 +97,8 @@ def main(arguments: list[str] | None = None) -> int:
             rows += quantizers.order_statistics(*tail, device, options.rounds)
         for groups in quantizers.NEAREST:
             rows += quantizers.nearest(*groups, device, options.rounds)
+    if options.suite in ("inference", "all"):
+        rows += inference.nearest_share(device, options.rounds)
     if options.suite in ("train-step", "all"):
         dataset = load(options.dataset)
         if not isinstance(dataset, Dataset):

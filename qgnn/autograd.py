@@ -201,7 +201,8 @@ class Aggregate(torch.autograd.Function):
         graph: Graph = ctx.graph
         grad = grad.contiguous()
         if ctx.reduce == "mean":
-            grad = grad / graph.in_degree.clamp_min(1).to(grad.dtype).unsqueeze(1)
+            # in float32: float16 counts only to 65,504
+            grad = (grad / graph.in_degree.clamp_min(1).unsqueeze(1).to(compute_dtype(grad))).to(grad.dtype)
         grad_x = grad_weight = None
         if ctx.needs_input_grad[0]:
             indptr, indices, edges, schedule = graph.transposed

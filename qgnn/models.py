@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from typing import Any, Literal
@@ -212,7 +213,7 @@ def _mlp(widths: Sequence[int], scheme: Scheme) -> nn.Sequential:
     return nn.Sequential(*(part for linear in linears[:-1] for part in (linear, nn.ReLU())), linears[-1])
 
 
-class _GraphModel(nn.Module):
+class _GraphModel(nn.Module, ABC):
     """Maps of the nodes, each pooled to one row a graph, and a prediction from these rows.
 
     Rows of the children named in ``PER_GRAPH`` are graphs: no node's protective mask holds for them (DQ figure 13), and the bookkeeping of widths
@@ -239,13 +240,13 @@ class _GraphModel(nn.Module):
             self.seen_nodes, self.seen_graphs = self.seen_nodes + x.size(0), self.seen_graphs + num_graphs
         return self.predict([ops.scatter(h, batch, 0, num_graphs, self.pool) for h in self.maps(x, graph)])
 
+    @abstractmethod
     def maps(self, x: Tensor, graph: Graph) -> list[Tensor]:
         """The maps to pool, ``[N, F]`` each."""
-        raise NotImplementedError
 
+    @abstractmethod
     def predict(self, pooled: list[Tensor]) -> Tensor:
         """Outputs ``[G, out_channels]`` of the pooled maps ``[G, F]``."""
-        raise NotImplementedError
 
     def feature_maps(self, name: str, nodes: int) -> list[FeatureMap]:
         """The maps of this model, for :func:`qgnn.quant.feature_maps`."""

@@ -94,7 +94,8 @@ class _Collector:
 
         conv.register_forward_pre_hook(before)
         update = getattr(conv, "nn", None)
-        for module in update.modules() if isinstance(update, nn.Module) else ():
+        layers = update.named_modules() if isinstance(update, nn.Module) else ()
+        for module in (module for name, module in layers if "quantizer" not in name):
             module.register_forward_pre_hook(lambda _, inputs: note(inputs[0]))
         conv.register_forward_hook(lambda _, inputs, out: note(out))
 

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import torch
 
-from qgnn.perf import kernels, quantizers
+from qgnn.perf import inference, kernels, quantizers
 from qgnn.perf.__main__ import COLUMNS, main
 from qgnn.perf.timing import paired
 
@@ -30,6 +30,7 @@ def test_ratio_is_baseline_over_candidate_and_runs_take_turns() -> None:
 
 def test_every_suite_runs_and_appends_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "PRODUCTS", ((50, 20, 24),))
+    monkeypatch.setattr(inference, "GRAPHS", 2)
     monkeypatch.setattr(quantizers, "TAILS", ((500, 0.01),))
     monkeypatch.setattr(quantizers, "NEAREST", ((50, 20, 24),))
     out = tmp_path / "rows.csv"
@@ -53,6 +54,7 @@ def test_every_suite_runs_and_appends_rows(tmp_path: Path, monkeypatch: pytest.M
     assert set(once["operation"]) == {
         "aggregate",
         "fake_quantize_nearest",
+        "inference",
         "matmul",
         "tails",
         "train-step",

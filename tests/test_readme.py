@@ -38,7 +38,7 @@ def test_example_trains_and_freezes() -> None:
 
 
 def test_commands_are_shown() -> None:
-    assert {command.split()[1] for command in COMMANDS} == {"train", "info"}
+    assert {command.split()[1] for command in COMMANDS} == {"train", "reproduce", "report", "info"}
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -46,6 +46,13 @@ def test_commands_run(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     """As shown, but for the size: 30 epochs, one seed, and the embedded data instead of a download."""
     monkeypatch.chdir(tmp_path)
     arguments = shlex.split(command)[1:]
+    if arguments[0] == "reproduce":
+        row = '{ id = "gcn-cora-a2q", dataset = "digits", model = "gcn", scheme = "a2q", recipe = { epochs = 5, warmup = 5 } }'
+        Path("small.toml").write_text(f'title = "small"\nsource = "README"\nrows = [{row}]\n')
+        arguments[1], arguments[arguments.index("--seeds") + 1] = "small.toml", "1"
+    if arguments[0] == "report":
+        trained = ["train", "--dataset", "digits", "--epochs", "2", "--out", arguments[1]]
+        assert CliRunner().invoke(cli.app, trained).exit_code == 0
     if arguments[0] == "train":
         arguments[arguments.index("--dataset") + 1] = "digits"
         arguments[arguments.index("--seeds") + 1] = "1"
@@ -72,6 +79,10 @@ def test_links_lead_somewhere() -> None:
         ("affine", ["fake_quantize_affine"]),
         ("aggregate", ["aggregate", "aggregate_arg_backward", "edge_dot", "aggregate_packed", "aggregate_rows"]),
         ("matmul", ["matmul_packed", "matmul_transposed"]),
+        ("attention", ["edge_softmax", "edge_softmax_backward", "gat_aggregate", "gat_backward"]),
+        ("nearest", ["nearest_group", "fake_quantize_nearest", "group_sums"]),
+        ("scatter", ["segment_reduce", "segment_mul_backward", "segment_gather"]),
+        ("percentile", ["tails"]),
     ],
 )
 def test_every_operation_of_the_table_has_its_backends(file: str, functions: list[str]) -> None:

@@ -21,7 +21,7 @@ from qgnn.data import load
 from qgnn.graph import Graph
 from qgnn.nn import GINConv, Linear
 from qgnn.qtensor import rounded_bits
-from qgnn.quant import parse
+from qgnn.quant import parse, reset_usage
 from qgnn.quant.a2q import learned_layers
 from qgnn.quant.nns import GroupQuantizer
 from qgnn.recipes import recipe_for
@@ -339,10 +339,22 @@ def test_trace_has_what_the_update_function_of_gin_reads(width: int) -> None:
         assert row["mean"] == pytest.approx(float(group.mean()), abs=12 * 2**-24 * 100)
 
 
+@pytest.mark.parametrize("width", [1, 3])
+@pytest.mark.parametrize("sequential", [True, False])
+def test_trace_of_a_gin_with_ranges(width: int, sequential: bool) -> None:
+    """Not the values that a quantizer inside the update function sees."""
+    data = _star()
+    linear = Linear(2, width, scheme="dq-int8")
+    conv = GINConv(nn.Sequential(linear, nn.ReLU()) if sequential else linear, scheme="dq-int8")
+    rows = collect_trace(_run(conv, data))["aggregated"]
+    assert [(row["low"], row["nodes"]) for row in rows] == [(0, 4), (1, 1), (4, 1)]
+
+
 def test_trace_has_the_widths_that_groups_give_to_nodes() -> None:
     data = _star()
     conv = GINConv(nn.Sequential(Linear(2, 3, scheme="a2q-nns"), nn.ReLU()), scheme="a2q-nns")
     conv.eval()
+    reset_usage(conv)
     conv(data.x, data.edge_index)
     (quantizer,) = (m for m in conv.modules() if isinstance(m, GroupQuantizer))
     usage = quantizer.usage.clone()

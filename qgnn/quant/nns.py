@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..kernels.nearest import fake_quantize_nearest, group_table
 from ..kernels.quantize import largest_code
 from ..qtensor import rounded_bits
 from .a2q import SMALLEST_STEP, LearnedQuantizer, bits_for_equal_steps, drawn_steps
@@ -16,25 +17,38 @@ from .scheme import Scheme
 class GroupQuantizer(LearnedQuantizer):
     """Graph level: ``groups`` pairs of a step and a width. A node takes the pair whose largest value is nearest to its own largest magnitude.
 
-    ``usage`` ``[groups]`` counts the nodes that took each pair in evaluation since :func:`reset_usage`: the average width is theirs.
+    ``usage`` ``[groups]`` counts the nodes that took each pair in evaluation, from :func:`reset_usage` on: the average width is theirs.
     """
 
     def __init__(self, in_channels: int, out_channels: int, scheme: Scheme) -> None:
         super().__init__(in_channels, out_channels, scheme, scheme.groups)
         self.register_buffer("usage", torch.zeros(scheme.groups, dtype=torch.int64))
         self.usage: Tensor
+        self.counting = False
         self.counts = torch.zeros(scheme.groups)
+        self._known: tuple[tuple[object, ...], tuple[Tensor, ...]] | None = None
 
     def product(self, x: Tensor, weight: Tensor) -> Tensor:
-        x_q, group = ops.fake_quantize_nearest(
-            x, self.log_step.exp(), self.bits, signed=self.kind == "signed", ste=self.scheme.ste
-        )
-        counts = torch.bincount(group, minlength=self.bits.numel())
-        if self.training:
-            self.counts = counts
+        signed = self.kind == "signed"
+        if torch.is_grad_enabled():
+            step, ste = self.log_step.exp(), self.scheme.ste
+            x_q, group = ops.fake_quantize_nearest(x, step, self.bits, signed=signed, ste=ste)
         else:
-            self.usage += counts
+            bounds, order, step, widths = self._table(signed)
+            x_q, _, group = fake_quantize_nearest(x, bounds, order, step, widths, signed)
+        if self.training:
+            self.counts = torch.bincount(group, minlength=self.bits.numel())
+        elif self.counting:
+            self.usage += torch.bincount(group, minlength=self.bits.numel())
         return x_q @ weight
+
+    def _table(self, signed: bool) -> tuple[Tensor, ...]:
+        """Sorted bounds of the groups, their steps and widths: made once, as long as no parameter changes (A2Q sec. 3.3)."""
+        version = (self.bits._version, self.log_step._version, self.bits.data_ptr(), signed)
+        if self._known is None or self._known[0] != version:
+            step, widths = self.log_step.exp(), rounded_bits(self.bits)
+            self._known = (version, (*group_table(step * largest_code(widths, signed)), step, widths))
+        return self._known[1]
 
     @torch.no_grad()
     def _start_input(self, x: Tensor) -> None:
@@ -59,7 +73,8 @@ class GroupQuantizer(LearnedQuantizer):
 
 
 def reset_usage(model: nn.Module) -> None:
-    """Forgets which groups were used, before a pass over the data that the average width is to be counted on."""
+    """Counts anew which groups are used, for a pass over the data that the average width is to be counted on. Inference alone counts nothing."""
     for module in model.modules():
         if isinstance(module, GroupQuantizer):
             module.usage.zero_()
+            module.counting = True
