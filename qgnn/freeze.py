@@ -14,8 +14,9 @@ from torch.overrides import TorchFunctionMode
 from .graph import Graph
 from .integer import FreezeReport, InputCoding, IntegerLayer, IntegerModel, LayerReport, LayerSpec
 from .kernels.packing import bucket_starts, container_of, uniform_counts, unpack_reference
-from .nn import GCNConv, Linear
+from .nn import GATConv, GCNConv, GINConv, Linear, SAGEConv
 from .qtensor import QTensor, check_values
+from .quant import LayerQuantizer
 
 if TYPE_CHECKING:
     from torch_geometric.data import Data
@@ -134,6 +135,23 @@ def _operand_codes(layer: GCNConv, x: Tensor, edges: Tensor | Graph) -> Tensor:
     return torch.round(operand / layer.operand_quantizer.codes()[0])
 
 
+def _check_layers(model: nn.Module) -> None:
+    """Raises ValueError for a layer or a scheme without integers."""
+    for name, module in model.named_modules():
+        if isinstance(module, GATConv | GINConv | SAGEConv):
+            raise ValueError(
+                f"{name or 'the model'} is a {type(module).__name__}; freeze takes chains of GCNConv and Linear"
+            )
+        if isinstance(module, LayerQuantizer):
+            scheme = module.scheme
+            if scheme.method in ("half", "binary"):
+                raise ValueError(f"scheme {scheme.name} is a float baseline: it has no integer codes to freeze")
+            if scheme.groups:
+                raise ValueError(
+                    f"scheme {scheme.name} chooses steps as values come: freeze takes steps that are fixed, as a2q's"
+                )
+
+
 def _record(model: nn.Module, x: Tensor, edge_index: Tensor | Graph) -> tuple[_Recorder, Tensor]:
     layers: dict[nn.Module, str] = {
         m: name or "model" for name, m in model.named_modules() if isinstance(m, GCNConv | Linear)
@@ -221,6 +239,7 @@ def freeze(model: nn.Module, data: Data) -> IntegerModel:
     if getattr(data, "edge_weight", None) is not None:
         raise ValueError("data has edge weights; integer sums have none")
     check_values(x, torch.ones(1, device=x.device))
+    _check_layers(model)
     recorder, reference = _record(model, x, edge_index)
     layers: list[IntegerLayer] = []
     tail: list[str] = []

@@ -430,6 +430,20 @@ def test_what_integers_cannot_run(forward, message):
         qgnn.freeze(model, data)
 
 
+@pytest.mark.parametrize("kind", [pyg.GAT, pyg.GIN, pyg.GraphSAGE])
+def test_convolutions_without_an_integer_layer_are_named(kind):
+    data = graph_data()
+    model = trained(kind(24, 8, 2, 5), "int8", data)
+    with pytest.raises(ValueError, match=r"convs.0 is a \w+Conv; freeze takes chains of GCNConv and Linear"):
+        qgnn.freeze(model, data)
+
+
+def test_groups_cannot_be_frozen():
+    data = graph_data()
+    with pytest.raises(ValueError, match=r"a2q-nns chooses steps as values come"):
+        qgnn.freeze(trained(Net(chain), "a2q-nns", data), data)
+
+
 def test_a_layer_used_twice():
     data = graph_data()
     model = Net(lambda m, x, e: m.first(m.first(x, e).relu(), e))
