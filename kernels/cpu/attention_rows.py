@@ -27,7 +27,7 @@ def _power_of_two(typingctx, n):
 def _exp(x):
     """``exp(x)`` for ``x <= 0``; NaN stays. In float32 without a call, so that LLVM vectorises it: 0 below -87, where it would be subnormal, else
     within 2 units in the last place (the polynomial of Cephes' expf, after ``x = n ln 2 + r`` with ln 2 in two parts)."""
-    raise NotImplementedError("compiled by Numba only")
+    raise RuntimeError("this function is compiled by Numba, not called")
 
 
 @overload(_exp)
