@@ -34,8 +34,9 @@ def group_table(q_max: Tensor) -> tuple[Tensor, Tensor]:
     order = order[torch.searchsorted(values, values)]
     middle = (values[:-1].double() + values[1:].double()) / 2
     bounds = middle.to(values.dtype)
-    # A bound is the largest value of the lower stretch. On a tie, which only a representable middle can be, the index decides.
-    tie_goes_up = (bounds == middle) & (order[1:] < order[:-1])
+    # A bound is the largest value of the lower stretch. On a tie, which only a representable middle can be, the index decides. Beside a
+    # finite group, an infinite one has infinity alone.
+    tie_goes_up = (bounds == middle) & ((order[1:] < order[:-1]) | middle.isinf())
     below = torch.nextafter(bounds, torch.full_like(bounds, -math.inf))
     bounds = torch.where((bounds > middle) | tie_goes_up, below, bounds)
     length = 2 ** (q_max.numel() - 1).bit_length() - 1

@@ -74,7 +74,7 @@ def segment_mul_backward_reference(indptr: Tensor, indices: Tensor, grad: Tensor
     index, zero = rows.unsqueeze(1).expand(x.shape), wide == 0
     product = torch.ones(grad.shape, dtype=wide.dtype, device=x.device)
     product = product.scatter_reduce(0, index, wide.masked_fill(zero, 1), "prod")[rows]
-    zeros = torch.zeros(grad.shape, device=x.device).scatter_add(0, index, zero.float())[rows]
+    zeros = torch.zeros(grad.shape, dtype=torch.float32, device=x.device).scatter_add(0, index, zero.float())[rows]
     others = torch.where(zeros == zero, torch.where(zero, product, product / wide), 0)
     return (grad.to(wide.dtype)[rows] * others).to(x.dtype)
 

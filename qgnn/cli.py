@@ -231,7 +231,7 @@ def train(
     hidden: Annotated[int | None, typer.Option(min=1, help="Width of the hidden layers; else the recipe's.")] = None,
     settings: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Another number in the recipe, such as distill=0; repeatable."),
+        typer.Option("--set", metavar="KEY=VALUE", help="Another value in the recipe, such as distill=0; repeatable."),
     ] = None,
     device: DeviceOption = "cpu",
     json_to: JsonOption = None,

@@ -11,7 +11,7 @@ Reddit, Reddit2, Flickr    inductive    one label a node; Reddit2 is GraphSAINT'
 Yelp, AmazonProducts       inductive    many labels a node
 MNIST, CIFAR10             superpixels  Dwivedi et al.'s graphs; mean intensity or colour, and position: 3 and 5 features
 digits-superpixels         superpixels  the digits as graphs of 36 SLIC segments; mean intensity and position; split 1000/297/500, stratified
-ZINC                       molecules    12,000 molecules; 28 atom types, one-hot; constrained solubility
+ZINC                       molecules    12,000 molecules; the number of the atom type, 0 to 27; constrained solubility
 QM9                        molecules    11 features, 19 properties in PyG's units, not standardised; random 80/10/10 %
 PCBA                       molecules    MoleculeNet's 128 assays, NaN where not measured; 9 features; needs rdkit; random 80/10/10 %
 MUTAG, IMDB-BINARY, ...    tu           any of PyG's TUDataset by its name; 10 folds
@@ -39,7 +39,7 @@ from torch import Tensor
 
 from .published import READERS, Dataset, Family, GraphDataset, Split, Task, packed
 
-__all__ = ["NAMES", "Dataset", "Family", "GraphDataset", "Split", "Task", "load"]
+__all__ = ["NAMES", "Dataset", "Family", "GraphDataset", "Split", "Task", "UnknownDataset", "load"]
 
 _EMBEDDED = ("digits", "digits-superpixels", "powerlaw:N,E", "rmat:SCALE,EDGEFACTOR")
 
@@ -52,6 +52,10 @@ _SYNTHETIC_FEATURES, _SYNTHETIC_CLASSES = 128, 10
 _NODE_LIMIT = 2**31
 
 
+class UnknownDataset(ValueError):
+    """A name that is none of :data:`NAMES`, or sizes that make no sense: nothing to download."""
+
+
 def load(name: str, root: str | os.PathLike[str] | None = None) -> Dataset | GraphDataset:
     """Loads a data set by name; the case of letters does not matter.
 
@@ -62,7 +66,8 @@ def load(name: str, root: str | os.PathLike[str] | None = None) -> Dataset | Gra
             process is kept there too, if it may be written to; for Planetoid and TUDataset, which are parsed in seconds, nothing is.
 
     Raises:
-        ValueError: unknown name, sizes that make no sense, a package that is not installed, or files that are missing and cannot be
+        UnknownDataset: a ValueError: unknown name, or sizes that make no sense.
+        ValueError: a package that is not installed, or files that are missing and cannot be
             downloaded, or are damaged; the sentence names the folder and the files.
     """
     key = name.strip().lower()
@@ -77,9 +82,9 @@ def load(name: str, root: str | os.PathLike[str] | None = None) -> Dataset | Gra
     if kind in _SYNTHETIC and colon:
         return _SYNTHETIC[kind](sizes)
     if kind in _SYNTHETIC:
-        raise ValueError(f"{name!r} lacks its sizes; {_SYNTAX[kind]}")
+        raise UnknownDataset(f"{name!r} lacks its sizes; {_SYNTAX[kind]}")
     choice = [spelling for spelling in READERS if READERS[spelling] is not READERS["MUTAG"]]
-    raise ValueError(
+    raise UnknownDataset(
         f"there is no data set {name!r}; choose one of {', '.join([*choice, *_EMBEDDED])}, or a TUDataset such as MUTAG"
     )
 
@@ -187,10 +192,10 @@ def _synthetic(kind: str, sizes: str) -> Dataset:
     memory, accuracies mean nothing."""
     match = re.fullmatch(r"(\d+),(\d+)", sizes.replace(" ", ""))
     if match is None:
-        raise ValueError(f"{f'{kind}:{sizes}'!r} is not understood; {_SYNTAX[kind]}")
+        raise UnknownDataset(f"{f'{kind}:{sizes}'!r} is not understood; {_SYNTAX[kind]}")
     first, second = int(match[1]), int(match[2])
     if first < 10 if kind == "powerlaw" else not 4 <= first <= 30:
-        raise ValueError(f"{first} is out of range in {f'{kind}:{sizes}'!r}; {_SYNTAX[kind]}")
+        raise UnknownDataset(f"{first} is out of range in {f'{kind}:{sizes}'!r}; {_SYNTAX[kind]}")
     nodes, edges = (first, second) if kind == "powerlaw" else (2**first, second * 2**first)
     if nodes >= _NODE_LIMIT:
         raise ValueError(f"a graph has fewer than 2^31 nodes, {kind}:{sizes} asks for {nodes}")

@@ -223,7 +223,7 @@ def freeze(model: nn.Module, data: Data) -> IntegerModel:
 
     Args:
         model: what :func:`qgnn.convert` made, trained; its ``forward(x, edge_index)`` is a chain of GCNConv, Linear, BatchNorm (folded into the
-            layer before it, A2Q eq. 17), ReLU and dropout, and may end in a softmax. It is not changed.
+            layer before it, A2Q eq. 18), ReLU and dropout, and may end in a softmax. It is not changed.
         data: PyG data with ``x`` and ``edge_index``; they stay bound, so that ``frozen()`` runs on them. Steps and widths per node belong to them.
 
     Returns:

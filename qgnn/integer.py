@@ -192,7 +192,7 @@ class IntegerLayer(nn.Module):
         return self._product(x, "packed", scale, self.weight_step, None, False)
 
     def _columns(self, step: Tensor) -> Tensor:
-        """The factor of every output column: the step of its codes, times that of a batch normalisation (A2Q eq. 17)."""
+        """The factor of every output column: the step of its codes, times that of a batch normalisation (A2Q eq. 18)."""
         return step if self.norm_scale is None else step * self.norm_scale
 
     def _product(

@@ -17,6 +17,7 @@ from .features import SparseFeatures, dropout
 from .graph import Graph
 from .nn import GATConv, GCNConv, GINConv, Linear, SAGEConv
 from .quant import FeatureMap, Scheme, feature_maps, parse
+from .quant.degree_quant import note_batch
 from .recipes import Recipe
 
 Activation = Literal["relu", "elu"]
@@ -217,7 +218,7 @@ class _GraphModel(nn.Module, ABC):
     """Maps of the nodes, each pooled to one row a graph, and a prediction from these rows.
 
     Rows of the children named in ``PER_GRAPH`` are graphs: no node's protective mask holds for them (DQ figure 13), and the bookkeeping of widths
-    counts them by the graphs that evaluation saw.
+    counts them by the graphs that evaluation saw since :func:`qgnn.quant.reset_usage`.
     """
 
     PER_GRAPH: tuple[str, ...]
@@ -233,12 +234,16 @@ class _GraphModel(nn.Module, ABC):
         if batch.shape != x.shape[:1]:
             raise ValueError(f"batch must name the graph of each of the {x.size(0)} nodes, got {tuple(batch.shape)}")
         graph = Graph.of(edge_index, x.size(0))
-        graph.notes["batch"] = batch  # Degree-Quant ranks in-degrees within each graph
+        note_batch(graph, batch)
         if num_graphs is None:
             num_graphs = int(batch.max()) + 1 if batch.numel() else 0
         if not self.training:
             self.seen_nodes, self.seen_graphs = self.seen_nodes + x.size(0), self.seen_graphs + num_graphs
         return self.predict([ops.scatter(h, batch, 0, num_graphs, self.pool) for h in self.maps(x, graph)])
+
+    def reset_usage(self) -> None:
+        """Counts nodes and graphs anew."""
+        self.seen_nodes = self.seen_graphs = 0
 
     @abstractmethod
     def maps(self, x: Tensor, graph: Graph) -> list[Tensor]:
@@ -549,7 +554,7 @@ def build(
         num_nodes: nodes of the graph, for "a2q".
 
     Raises:
-        ValueError: an unknown model, or one that the task does not have.
+        ValueError: an unknown model, one that the task does not have, or a setting that the model does not.
     """
     kinds: dict[str, type[nn.Module]] = NODE_MODELS
     if task.startswith("graph"):
@@ -557,13 +562,17 @@ def build(
     if model not in kinds:
         raise ValueError(f"there is no model {model!r} for task {task!r}; choose one of {', '.join(kinds)}")
     kind = kinds[model]
+    of_nodes = issubclass(kind, _NodeModel)
+    known = {"aggr": of_nodes and model in ("gin", "sage"), "skip": of_nodes, "input_dropout": of_nodes}
+    for name in (name for name, has in known.items() if getattr(recipe, name) and not has):
+        raise ValueError(f"{kind.__name__} has no {name}: leave that setting of the recipe out")
     settings: dict[str, Any] = {"num_layers": recipe.layers, "dropout": recipe.warmup_dropout, "scheme": scheme}
     if model == "gat":
         attention = {"heads": recipe.heads, "attention_dropout": recipe.attention_dropout}
         settings |= {**attention, "activation": recipe.activation}
-    if issubclass(kind, _NodeModel):
+    if of_nodes:
         settings |= {"num_nodes": num_nodes, "input_dropout": recipe.input_dropout, "skip": bool(recipe.skip)}
-        if model in ("gin", "sage") and recipe.aggr:
+        if recipe.aggr:
             settings["aggr"] = recipe.aggr
     elif family == "molecules" and in_channels == 1:
         settings["kinds"] = ATOM_KINDS

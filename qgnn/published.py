@@ -281,13 +281,12 @@ def _superpixels(name: str, root: Path) -> GraphDataset:
 
 def _zinc(name: str, root: Path) -> GraphDataset:
     from torch_geometric.datasets import ZINC
-    from torch_geometric.utils import one_hot
 
     variants = [{"root": str(root / name), "subset": True, "split": part} for part in _PARTS]
     files = [f"{part}.{suffix}" for suffix in ("pickle", "index") for part in _PARTS]
     parts = read_files(name, root / name / "raw", files, ZINC.url, partial(opened, ZINC, root / name, *variants))
-    graphs = _joined(parts, lambda data: one_hot(data.x.view(-1), num_classes=28))
-    return GraphDataset(name, graphs, 28, 1, "molecules", "graph-regression", (_consecutive(*map(len, parts)),))
+    graphs = _joined(parts, lambda data: data.x.view(-1, 1).float())
+    return GraphDataset(name, graphs, 1, 1, "molecules", "graph-regression", (_consecutive(*map(len, parts)),))
 
 
 def _qm9(name: str, root: Path) -> GraphDataset:

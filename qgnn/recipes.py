@@ -24,7 +24,7 @@ class Recipe:
     Attributes:
         warmup, epochs: lengths of the two phases.
         hidden: features of the hidden map.
-        normalize_features: divide each row of the features by its sum.
+        normalize_features: divide each row of the features by the sum of its magnitudes.
         input_dropout: dropout of the features.
         warmup_dropout, dropout: dropout of the hidden map in the two phases.
         warmup_lr, lr: Adam's learning rate of the weights in the two phases.
@@ -42,7 +42,7 @@ class Recipe:
         heads, attention_dropout, activation: of GAT; ``hidden`` is the width of one head, the activation "relu" or "elu".
         skip: 1 adds what a layer reads to what the next one reads (A2Q table 14).
         aggr: how GIN and GraphSAGE combine neighbours, "sum", "mean" or "max"; "" is the layer's own (A2Q table 15).
-        batch: graphs, training nodes or links in a step; 0 takes all.
+        batch: graphs, links, or, with ``fanout``, training nodes in a step; 0 takes all.
         fanout: neighbours that are sampled for each node, layer by layer; 0 computes on the whole graph.
         halve_every: epochs after which every learning rate is halved; 0 never does.
     """

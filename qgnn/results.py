@@ -10,9 +10,9 @@ seed                        the run's seed
 fold                        the split; 0 where there is one (records of version 0.1.0 have none of fold, task and metric)
 task                        "node", "node-multilabel", "link", "graph", "graph-multilabel" or "graph-regression"
 metric                      "accuracy", "f1", "ap" or "hits@50", in percent, or "mae", in units of the target
-best_epoch                  the epoch with the best validation metric
+best_epoch                  of the second phase: that of the best validation metric within the recipe's bits_limit, else of the fewest bits
 val_acc, test_acc           the metric at that epoch, whatever it is
-test_acc_best_over_epochs   the best test metric of any epoch: the papers' protocol, which looks at the test set
+test_acc_best_over_epochs   the best test metric of an epoch of that phase within the limit: the papers' protocol, which looks at the test set
 average_bits                mean over the quantized layers of the mean width over nodes
 average_bits_dim            the same, each feature map weighted by its dimension
 average_bits_all            every feature map counted, the unquantized ones as well
@@ -21,7 +21,7 @@ compression_with_steps      the same, the 32-bit steps counted too
 packed_bytes, fp32_bytes    bytes of the feature maps, as quantized and at FP32
 train_step_ms               time of a training step
 peak_memory_bytes           on a CPU what a training step keeps for backward, parameters not counted; on a GPU the allocator's peak
-integer_test_acc            test metric of the frozen integer model; null where there is none (fp32, many graphs), as the next three
+integer_test_acc            test metric of the frozen integer model; null where :func:`qgnn.freeze` takes none, as the next three
 integer_mismatches          nodes that it predicts otherwise than the fake-quantized model
 integer_ties                codes of its feature maps that differ, because float rounding decided a tie
 integer_max_relative        largest difference of a logit over the largest logit

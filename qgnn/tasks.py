@@ -32,12 +32,12 @@ EVALUATED_GRAPHS = 512
 
 
 def row_normalized(x: Tensor) -> Tensor:
-    """Each row divided by its sum."""
-    return x / x.sum(1, keepdim=True).clamp_min(1e-12)
+    """Each row divided by the sum of its magnitudes."""
+    return x / x.abs().sum(1, keepdim=True).clamp_min(1e-12)
 
 
 def prepare(dataset: Dataset, recipe: Recipe) -> Data:
-    """The data of a data set with the recipe's feature normalisation: each row divided by its sum."""
+    """The data of a data set with the recipe's feature normalisation (:func:`row_normalized`)."""
     if not recipe.normalize_features:
         return dataset.data
     data = copy.copy(dataset.data)
@@ -207,9 +207,7 @@ class GraphTask(Task):
 
     def _on_device(self, batch: Batch) -> GraphBatch:
         batch = batch.to(self.device)
-        graph = Graph.from_data(batch)
-        graph.notes["batch"] = batch.batch
-        return GraphBatch((batch.x, graph, batch.batch, batch.num_graphs), batch.y, batch.place)
+        return GraphBatch((batch.x, Graph.from_data(batch), batch.batch, batch.num_graphs), batch.y, batch.place)
 
     def _collated(self, graphs: list[Data]) -> Iterator[GraphBatch]:
         """Large batches in the order of the graphs. Not by a DataLoader, which draws a random number whenever it starts."""
@@ -314,10 +312,18 @@ def task_of(dataset: Dataset | GraphDataset, recipe: Recipe, fold: int = 0, devi
     """The task of a data set.
 
     Raises:
-        ValueError: there is no such fold.
+        ValueError: there is no such fold, or the recipe has a setting that the task does not.
     """
     if not 0 <= fold < fold_count(dataset):
         raise ValueError(f"fold {fold} was asked for, but {dataset.name} has {fold_count(dataset)}, numbered from 0")
+    if recipe.fanout and not dataset.task.startswith("node"):
+        raise ValueError(
+            f"fanout samples neighbours for tasks on nodes; {dataset.name} has task {dataset.task!r}, so set fanout to 0"
+        )
+    if recipe.batch and not recipe.fanout and dataset.task.startswith("node"):
+        raise ValueError(
+            "batch needs a fanout on one graph: without one, every step computes on all nodes; set fanout, or batch to 0"
+        )
     if isinstance(dataset, GraphDataset):
         return GraphTask(dataset, fold, recipe, device)
     data = copy.copy(prepare(dataset, recipe)).to(device)

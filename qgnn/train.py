@@ -9,13 +9,14 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch_geometric.data import Data
 
 from . import models, quant
 from .data import Dataset, GraphDataset
@@ -24,9 +25,6 @@ from .integer import IntegerModel
 from .quant.a2q import learned_layers
 from .recipes import Recipe, recipe_for
 from .tasks import NodeTask, Scores, Task, prepare, task_of, training_features
-
-if TYPE_CHECKING:
-    from torch_geometric.data import Data
 
 __all__ = ["Run", "Trainer", "TrainingError", "build", "parameter_groups", "prepare", "train", "training_features"]
 
@@ -123,10 +121,13 @@ class Trainer:
     The model computes in float32 for ``recipe.warmup`` epochs; then its quantizers start from the best of these weights, and train for
     ``recipe.epochs`` epochs. The best epoch is that of the best validation metric, the lowest validation loss among equals, among the quantized
     epochs whose average width is within ``recipe.bits_limit``; if there is none, that of the smallest average width.
+
+    A checkpoint continues a training of the same recipe and ``identity`` (data set, scheme, seed, …) only.
     """
 
-    def __init__(self, model: nn.Module, task: Task, recipe: Recipe) -> None:
+    def __init__(self, model: nn.Module, task: Task, recipe: Recipe, identity: Mapping[str, Any] | None = None) -> None:
         self.model, self.task, self.recipe = model, task, recipe
+        self.identity = {**(identity or {}), "recipe": asdict(recipe)}
         self.warmup, self.total = recipe.warmup, recipe.warmup + recipe.epochs
         self.optimizer = torch.optim.Adam(parameter_groups(model, recipe, recipe.warmup_lr))
         self.device = next(model.parameters()).device
@@ -165,6 +166,8 @@ class Trainer:
             else:
                 self.step(epoch, batch)
             steps += 1
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # the last optimizer step is still running
         if epoch >= self.warmup and not last:
             self.progress.step_ms.append((time.perf_counter() - started) * 1e3 / max(steps, 1))
         self._evaluate(epoch)
@@ -242,7 +245,8 @@ class Trainer:
         scores = self.evaluate()
         width = quant.average_width(self.model)
         excess = max(width - self.recipe.bits_limit, 0.0)
-        key = (-excess, sign * scores.val, -scores.loss)
+        score = sign * scores.val
+        key = (-excess, -math.inf if math.isnan(score) else score, -scores.loss)
         warming = epoch < self.warmup
         best = progress.warm if warming else progress.best
         phase = "FP32" if warming else "quantized"
@@ -279,7 +283,7 @@ class Trainer:
 
     def _write(self, path: Path) -> None:
         state = {
-            "recipe": asdict(self.recipe),
+            "identity": self.identity,
             "model": self.model.state_dict(),
             "warm": self.progress.epoch > self.warmup,
             "optimizer": self.optimizer.state_dict(),
@@ -304,7 +308,7 @@ class Trainer:
             raise ValueError(
                 f"checkpoint {path} cannot be read, it is damaged or of another program; delete it to start over"
             ) from error
-        if not isinstance(state, dict) or state.get("recipe") != asdict(self.recipe):
+        if not isinstance(state, dict) or state.get("identity") != self.identity:
             raise ValueError(f"checkpoint {path} belongs to other settings; delete it or choose another folder")
         self.model.load_state_dict(state["model"])
         if state["warm"]:
@@ -372,37 +376,36 @@ def train(
         progress: called with (epochs done, epochs in all).
 
     Raises:
-        ValueError: an unknown model or scheme, a fold that does not exist, or a checkpoint of other settings.
+        ValueError: an unknown model or scheme, a fold that does not exist, settings that do not fit the task, or a checkpoint of other settings.
         TrainingError: the loss became NaN or infinite; the sentence names the epoch and the tensor.
     """
     parsed = quant.parse(scheme)
     recipe = recipe or recipe_for(model, parsed, dataset)
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {device!r} was asked for, but torch sees no GPU here; qgnn info shows what there is")
+    if recipe.fanout and parsed.method == "a2q" and not parsed.groups:
+        raise ValueError(
+            f'scheme "{parsed.name}" has steps for the nodes of one graph, and sampled batches hold other nodes each time: use "a2q-nns"'
+        )
     task = task_of(dataset, recipe, fold, device)
     torch.manual_seed(seed)
     network = build(parsed, dataset, recipe, model).to(device)
-    trainer = Trainer(network, task, recipe)
+    identity = {"dataset": dataset.name, "model": model, "scheme": parsed.name, "seed": seed, "fold": fold}
+    trainer = Trainer(network, task, recipe, identity)
     trainer.run(checkpoint, progress)
-    record = {
-        "dataset": dataset.name,
-        "model": model,
-        "scheme": parsed.name,
-        "seed": seed,
-        "fold": fold,
-        "task": dataset.task,
-        **_record(trainer),
-    }
+    record = {**identity, "task": dataset.task, **_record(trainer)}
     frozen = _frozen(network, task, parsed)
     record |= _integer_record(frozen, task)
     return Run(record, network, task, frozen, trainer.progress.curve)
 
 
 def _frozen(model: nn.Module, task: Task, scheme: quant.Scheme) -> IntegerModel | None:
-    """The integer model of a GCN on one graph: the chains that :func:`qgnn.freeze` takes."""
+    """The integer model of a GCN on one graph: the chains that :func:`qgnn.freeze` takes. It gets what training read, which is no edge weight."""
     integers = scheme.method in ("qat", "dq", "a2q") and not scheme.groups
-    chain = isinstance(model, models.GCN) and not model.skip and isinstance(task, NodeTask)
-    return freeze(model, task.data) if integers and chain and isinstance(task, NodeTask) else None
+    chain = isinstance(model, models.GCN) and not model.skip
+    if not (integers and chain and isinstance(task, NodeTask)):
+        return None
+    return freeze(model, Data(x=task.data.x, edge_index=task.data.edge_index))
 
 
 @torch.no_grad()

@@ -50,6 +50,15 @@ def poisoned_memory(monkeypatch):
 
 
 @pytest.fixture
+def float64_by_default():
+    """torch makes float64 where no dtype is asked for."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(before)
+
+
+@pytest.fixture
 def threads():
     """Sets the number of torch threads, and puts it back."""
     before = torch.get_num_threads()

@@ -99,6 +99,17 @@ def test_bipartite_inputs(layer):
         torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("out", [OUT, 2 * FEATURES], ids=["product first", "mean first"])
+def test_node_level_a2q_on_a_bipartite_graph(out):
+    """Each product has the steps of the nodes that it reads."""
+    source, edges = graph_data(sources=40)
+    layer = SAGEConv((FEATURES, FEATURES), out, project=True, scheme="a2q", num_nodes=(40, NODES))
+    assert layer((source, torch.randn(NODES, FEATURES)), edges).shape == (NODES, out)
+    maps = {m.name: m.nodes for m in layer.feature_maps("sage", NODES)}
+    assert maps["sage.lin.input"] == 40 and maps["sage.lin_r.input"] == NODES
+    assert maps["sage.lin_l.input"] == (40 if out == OUT else NODES)
+
+
 @pytest.mark.parametrize("fill", ["mean", 0.5])
 @pytest.mark.parametrize("loops", [True, False])
 def test_edge_features_of_attention(fill, loops):
@@ -183,6 +194,16 @@ def test_the_operand_lies_on_a_grid_of_4_bits():
     codes = layer.operand_quantizer(x) / step
     torch.testing.assert_close(codes, codes.round(), rtol=0, atol=1e-4)
     assert float(codes.detach().abs().max().round()) <= 7
+
+
+@pytest.mark.parametrize("kind", ["gat mean", "gin max", "sage max"])
+def test_our_layers_convert_to_another_scheme(kind):
+    """With all of their arguments."""
+    torch.manual_seed(0)
+    x, edges = graph_data()
+    layer = dict(pairs())[kind].eval()
+    again = qgnn.convert(qgnn.convert(layer, "int8"), "fp32").eval()
+    torch.testing.assert_close(again(x, edges), layer(x, edges), rtol=1e-4, atol=1e-5)
 
 
 def test_a_narrowing_product_runs_before_the_sum():

@@ -129,7 +129,7 @@ def test_linear_layers_and_a_softmax():
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_batch_normalisation_is_folded(scheme):
-    """A2Q eq. 17: the factors and shifts of both normalisations are in the epilogues; no launch is added, and the file keeps them."""
+    """A2Q eq. 18: the factors and shifts of both normalisations are in the epilogues; no launch is added, and the file keeps them."""
 
     class Normed(nn.Module):
         def __init__(self) -> None:

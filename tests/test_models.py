@@ -12,7 +12,7 @@ import torch_geometric.nn as pyg
 from torch import Tensor, nn
 
 from qgnn import Graph, models
-from qgnn.quant import feature_maps, parse, set_enabled
+from qgnn.quant import feature_maps, parse, reset_usage, set_enabled
 from qgnn.recipes import RECIPES, Recipe
 
 NODES, FEATURES, CLASSES = 30, 9, 4
@@ -264,6 +264,19 @@ def test_degree_quant_ranks_nodes_within_their_graph(batch: tuple[Tensor, Tensor
     (chances,) = (value for key, value in graph.notes.items() if key[0] == "protection")
     for g in range(3):
         assert float(chances[index == g].max()) == pytest.approx(parse("dq-int8").p_max)
+    GRAPH_MODELS["gcn"](scheme="dq-int8")(x, graph, torch.zeros_like(index))
+    (chances,) = (value for key, value in graph.notes.items() if key[0] == "protection")
+    assert int((chances == chances.max()).sum()) == int((graph.in_degree == graph.max_degree).sum()), "now one graph"
+
+
+@pytest.mark.parametrize(
+    ("model", "task", "setting"),
+    [("gcn", "node", {"aggr": "max"}), ("gin", "graph", {"skip": 1}), ("gcn", "graph", {"input_dropout": 0.5})],
+)
+def test_settings_that_a_model_does_not_have_are_refused(model: str, task: str, setting: dict[str, object]) -> None:
+    base = RECIPES[model, "fp32", "citation" if task == "node" else "superpixels"]
+    with pytest.raises(ValueError, match=f"has no {next(iter(setting))}: leave that setting of the recipe out"):
+        models.build(model, 3, 2, task=task, family="digits", recipe=replace(base, **setting), scheme="fp32")
 
 
 @pytest.mark.parametrize("name", GRAPH_MODELS)
@@ -277,6 +290,11 @@ def test_rows_after_pooling_are_graphs(name: str, batch: tuple[Tensor, Tensor, T
     after = {key: n for key, n in rows.items() if any(part in key for part in ("mlp", "predictions", "lin1", "lin2"))}
     assert after and set(after.values()) == {3}
     assert {n for key, n in rows.items() if key not in after} == {NODES}
+    reset_usage(model)
+    x, edge_index, index = batch
+    model(x, edge_index, torch.zeros_like(index))
+    rows = {m.name: m.nodes for m in feature_maps(model, NODES)}
+    assert {rows[key] for key in after} == {1}, "what was seen before the reset does not count"
 
 
 def test_single_scalar_features_stay_in_float(batch: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -295,6 +313,8 @@ def recipe(**changes: object) -> Recipe:
 
 
 def built(model: str, task: str = "node", family: str = "citation", features: int = FEATURES, **changes: object):
+    if task.startswith("graph"):
+        changes = {"input_dropout": 0.0, **changes}
     return models.build(
         model, features, CLASSES, task=task, family=family, recipe=recipe(**changes), scheme="fp32", num_nodes=NODES
     )

@@ -79,11 +79,14 @@ def test_any_values(absmax, q_max):
     for reference in (True, False):
         table = nearest.group_table(q)
         group = (nearest.nearest_group_reference if reference else nearest.nearest_group)(f, *table)
-        distance = (f.double().unsqueeze(1) - q.double()).abs()
+        difference = f.double().unsqueeze(1) - q.double()
+        distance = difference.abs()
         best = distance.amin(1)
         # float64 rounds a distance once (2^-53 of it, 2^20 at most), and the middle of two groups once.
         assert ((distance.gather(1, group.unsqueeze(1)).squeeze(1) - best) <= 2.0**-31).all()
-        exact = (distance.float() == distance).all(1)  # nothing was rounded: ties are ties
+        # Where nothing was rounded, ties are ties: rounding, of a middle too, loses bits of the smaller number.
+        exact = (distance.float() == distance) & (difference + q == f.unsqueeze(1)) & (f.unsqueeze(1) - difference == q)
+        exact = exact.all(1)
         assert_bitwise(group[exact], brute_force(f, q)[exact])
 
 
@@ -98,6 +101,13 @@ def test_a_group_that_is_nan_is_never_near(backend):
     absmax = torch.tensor([0.0, 3.0, torch.inf, torch.nan], device=backend)
     q_max = torch.tensor([torch.nan, 5.0, torch.nan, 1.0], device=backend)
     assert ops.nearest_group(absmax, q_max).tolist()[:2] == [3, 1]
+
+
+@pytest.mark.parametrize("q_max", [[1.0, torch.inf], [torch.inf, 1.0], [torch.inf, 1.0, torch.inf]], ids=str)
+def test_infinity_belongs_to_the_largest_group(backend, q_max):
+    absmax = torch.tensor([3.0, torch.finfo(torch.float32).max, torch.inf], device=backend)
+    finite, infinite = q_max.index(1.0), q_max.index(torch.inf)
+    assert ops.nearest_group(absmax, torch.tensor(q_max, device=backend)).tolist() == [finite, finite, infinite]
 
 
 @both_signs
@@ -173,6 +183,22 @@ def test_group_sums(backend, n, m):
         assert_sum(result, by_hand.float(), magnitude, n)
     for first, second in zip(actual, nearest.group_sums(group, a, b, m), strict=True):
         assert_bitwise(first, second)
+
+
+def test_group_sums_whatever_the_default_dtype(backend, float64_by_default):
+    group, a = torch.tensor([1, 0, 1], device=backend), torch.tensor([1, 2, 4], dtype=torch.float32, device=backend)
+    for result in nearest.group_sums(group, a, a, 2):
+        assert_bitwise(result, torch.tensor([2, 5], dtype=torch.float32))
+
+
+@both_signs
+def test_gradients_whatever_the_default_dtype(backend, signed, float64_by_default):
+    for rows in (9, 0):
+        x = torch.ones(rows, 3, dtype=torch.float32, device=backend)
+        given = (x, x[:, 0], torch.full((rows,), 4, dtype=torch.uint8, device=backend), True, signed)
+        gradients = fake_quantize_backward(x, *given)[1:] + fake_quantize(*given, True)[2:]
+        gradients += fake_quantize(*given, False)[2:]
+        assert {g.dtype for g in gradients} == {torch.float32}
 
 
 def composition(x, step, bits, group, signed):

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qgnn.kernels.percentile import tails, tails_reference
+from qgnn.kernels.percentile import LARGEST, tails, tails_reference
 from qgnn.quant.qat import value_range
 
 from .assertions import assert_bitwise
@@ -67,6 +67,15 @@ def test_not_contiguous(backend):
     x = values("normal", 3000, backend)
     check(x[::3], 7)
     check(x.view(30, 100).t()[3], 7)
+
+
+def test_whatever_the_default_dtype(backend, float64_by_default):
+    check(values("normal", 300, backend).float(), 7)
+
+
+def test_the_last_tile_fits_int32():
+    gpu = pytest.importorskip("qgnn.kernels.gpu.percentile")
+    assert LARGEST + gpu.BLOCK - 1 < 2**31
 
 
 def test_zeros_keep_their_order(backend):

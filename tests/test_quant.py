@@ -95,6 +95,12 @@ def test_unknown_schemes_say_what_there_is(name):
         parse(name)
 
 
+@pytest.mark.parametrize("name", ["int8-clip-ste", "a2q-fixed-bits", "a2q-nns-m4-m8"])
+def test_choices_that_exclude_each_other(name):
+    with pytest.raises(ValueError, match=f"scheme '{name}' says .* more than once"):
+        parse(name)
+
+
 def test_quantizer_of_every_scheme():
     kinds = {
         "int8": QATQuantizer,

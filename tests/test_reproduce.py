@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from multiprocessing import active_children
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -370,6 +371,7 @@ def test_a_folder_takes_one_command_at_a_time(tmp_path: Path) -> None:
     [
         ('"dq-int4"', '"dq-int5"', "table tiny, row dq: there is no scheme 'dq-int5'"),
         ('"gcn", scheme = "dq', '"mlp", scheme = "dq', "table tiny, row dq: there is no model 'mlp'"),
+        ('"PubMed"', '"PubMud"', "table tiny, row pubmed: there is no data set 'PubMud'"),
         ("hidden", "hiden", "table tiny, row fp32: a recipe has no setting 'hiden'"),
     ],
 )
@@ -392,6 +394,17 @@ def test_what_does_not_exist_is_one_line_that_names_the_row(old: str, new: str, 
 def test_bad_input_is_one_line(more: list[str], says: str, tmp_path: Path) -> None:
     result = invoke("reproduce", *more, "--out", str(tmp_path), code=2)
     assert says in result.stderr and result.stderr.count("\n") == 1
+
+
+def test_records_from_before_a_setting_existed_are_found(tmp_path: Path) -> None:
+    """A recipe that gained a setting since, at its default, is the same recipe; at another value it is another."""
+    recipe = RECIPES["gcn", "fp32", "digits"]
+    cell = store.Cell("digits", "gcn", "fp32", recipe, 0)
+    older = {k: v for k, v in vars(recipe).items() if k not in ("layers", "halve_every")}
+    place = store.Store(tmp_path)
+    results.append(place.results, {"dataset": "digits", "model": "gcn", "scheme": "fp32", "seed": 0, "recipe": older})
+    assert set(place.finished()) == {cell.key}
+    assert replace(cell, recipe=replace(recipe, layers=3)).key not in place.finished()
 
 
 # Interruptions

@@ -309,6 +309,14 @@ def test_mul_backward(backend, name, dtype):
     assert_bitwise(kernels.segment_mul_backward(indptr, indices, grad, x), actual, "second run")
 
 
+def test_mul_backward_whatever_the_default_dtype(float64_by_default):
+    indptr, indices = structure(LENGTHS["empty ones"], "cpu")
+    x = torch.zeros(indices.numel(), 2, dtype=torch.float32)
+    grad = torch.ones(indptr.numel() - 1, 2, dtype=torch.float32)
+    expected = kernels.segment_mul_backward_reference(indptr, indices, grad, x)
+    assert_bitwise(kernels.segment_mul_backward(indptr, indices, grad, x), expected)
+
+
 # Gradients ----------------------------------------------------------------------------------------------------------------------------
 
 INDICES = {

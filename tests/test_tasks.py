@@ -284,6 +284,20 @@ def test_links_and_their_negatives() -> None:
     assert float(with_teacher.detach()) == pytest.approx(float(expected + 2 * same), rel=1e-5)
 
 
+@pytest.mark.parametrize("setting", [{"batch": 4}, {"fanout": 2, "batch": 4}])
+def test_settings_that_a_task_does_not_have_are_refused(setting: dict[str, int]) -> None:
+    dataset = (
+        graphs("graph") if "fanout" in setting else Dataset("made", one_graph(y=torch.arange(30) % 4), 4, "citation")
+    )
+    with pytest.raises(ValueError, match="set fanout"):
+        tasks.task_of(dataset, dataclasses.replace(RECIPE, **setting))
+
+
+def test_rows_with_negative_values_are_normalised_by_their_magnitudes() -> None:
+    x = torch.tensor([[1.0, -3.0], [-2.0, 0.0], [0.0, 0.0]])
+    assert tasks.row_normalized(x).tolist() == [[0.25, -0.75], [-1.0, 0.0], [0.0, 0.0]]
+
+
 def test_features_are_row_normalised_where_the_recipe_says_so() -> None:
     recipe = dataclasses.replace(RECIPE, normalize_features=True)
     (batch,) = tasks.task_of(graphs("graph"), recipe).batches()

@@ -218,11 +218,31 @@ def test_sampled_nodes_and_links_train(tmp_path: Path) -> None:
         away = torch.randint(DIGITS.data.num_nodes, (100, 2), generator=torch.Generator().manual_seed(start))
         parts[name] = {"edge": edges[start : start + 100], "edge_neg": away}
     linked = Data(x=DIGITS.data.x, edge_index=DIGITS.data.edge_index, split_edges=parts)
+    linked.edge_weight = torch.full(
+        (DIGITS.data.num_edges,), 2.0
+    )  # ogbl-collab has them; training reads none, nor does the integer model
     dataset = data.Dataset("links", linked, 1, "ogb", "link")
     recipe = dataclasses.replace(small("dq-int8")[0], batch=200, warmup=2, epochs=2, distill=1.0)
-    record = train.train(dataset, "gcn", "dq-int8", 0, recipe=recipe).record
+    run = train.train(dataset, "gcn", "dq-int8", 0, recipe=recipe)
+    record = run.record
+    assert run.frozen is not None and record["integer_test_acc"] == pytest.approx(record["test_acc"], abs=2)
     assert (record["task"], record["metric"]) == ("link", "hits@50")
     assert record["test_acc"] > 60, "neighbours in the graph have similar digits; chance is 50 %"
+
+
+def test_node_level_a2q_takes_no_sampled_batches() -> None:
+    recipe = dataclasses.replace(small("a2q")[0], batch=64, fanout=4)
+    with pytest.raises(ValueError, match='sampled batches hold other nodes each time: use "a2q-nns"'):
+        train.train(DIGITS, "sage", "a2q", 0, recipe=recipe)
+
+
+@pytest.mark.parametrize(("scheme", "bits"), [("fp16", 16), ("bi", 1)])
+def test_float_baselines_train_and_report(scheme: str, bits: int) -> None:
+    run = train.train(DIGITS, "gcn", scheme, 0, recipe=small(scheme)[0])
+    operands = 16 if scheme == "fp16" else 32
+    assert run.frozen is None and run.record["average_bits"] == bits
+    columns = 64 * bits + 8 * bits + 8 * operands + 10 * operands
+    assert run.record["packed_bytes"] == pytest.approx(1797 * columns / 8, rel=0.01)
 
 
 def test_checkpoint_errors(tmp_path: Path) -> None:
@@ -234,6 +254,11 @@ def test_checkpoint_errors(tmp_path: Path) -> None:
     trainer("a2q").run(path)
     with pytest.raises(ValueError, match="belongs to other settings"):
         trainer("a2q", epochs=7).run(path)
+    other = tmp_path / "seed.pt"
+    recipe = small("int8")[0]
+    train.train(DIGITS, "gcn", "int8", 0, recipe=recipe, checkpoint=other)
+    with pytest.raises(ValueError, match="belongs to other settings"):
+        train.train(DIGITS, "gcn", "int8", 1, recipe=recipe, checkpoint=other)
 
 
 def test_nan_stops_with_the_epoch_and_the_tensor() -> None:

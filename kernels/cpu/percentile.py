@@ -131,7 +131,7 @@ _tails_parallel: Any = parallel_kernel(_tails)
 
 def tails(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The values of the ranks ``k`` and ``N - 1 - k``."""
-    bits, found = array(x).view(np.int32), torch.empty(2)
+    bits, found = array(x).view(np.int32), torch.empty(2, dtype=torch.float32)
     parts = parts_for(bits.size)
     arguments = (even_bounds(bits.size, parts), bits, k, found.numpy().view(np.uint32))
     if parts > 1:

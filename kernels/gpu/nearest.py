@@ -166,7 +166,7 @@ def group_sums(group: Tensor, a: Tensor, b: Tensor, groups: int) -> tuple[Tensor
     check_dtype("a", a)
     ordered, rows = torch.sort(group.int(), stable=True)  # half the radix passes of int64
     starts = torch.searchsorted(ordered, torch.arange(groups + 1, dtype=torch.int32, device=group.device))
-    sum_a, sum_b = torch.empty(groups, device=a.device), torch.empty(groups, device=a.device)
+    sum_a, sum_b = (torch.empty(groups, dtype=torch.float32, device=a.device) for _ in range(2))
     launch(
         _group_sums_kernel, (groups,),
         p_sum_a=sum_a, p_sum_b=sum_b, p_a=a.contiguous(), p_b=b.contiguous(), p_rows=rows, p_starts=starts,

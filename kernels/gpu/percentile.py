@@ -100,7 +100,7 @@ def tails(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     check_dtype("x", x)
     x = x.contiguous()
     counts = torch.zeros(2 * LEVELS.value - 1, DIGITS.value, dtype=torch.int32, device=x.device)
-    low, high = torch.empty((), device=x.device), torch.empty((), device=x.device)
+    low, high = (torch.empty((), dtype=x.dtype, device=x.device) for _ in range(2))
     for level in range(LEVELS.value):
         launch(
             _tails_count_kernel, (min(triton.cdiv(x.numel(), BLOCK), PROGRAMS),),

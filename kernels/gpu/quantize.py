@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -192,9 +192,14 @@ def _sweep(n: int, features: int, row: bool) -> tuple[tuple[int, int], dict[str,
     return grid, {**blocks, "steps": COLUMN_TILES}
 
 
+def _pair(make: Callable[..., Tensor], shape: int | tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """For the gradients of step and width: float32, whatever the default dtype."""
+    return make(shape, dtype=torch.float32, device=device), make(shape, dtype=torch.float32, device=device)
+
+
 def _sums(n: int, features: int, row: bool, programs: int, device: torch.device) -> tuple[Tensor, Tensor]:
     shape = (n,) if row else (programs, features)
-    return torch.empty(shape, device=device), torch.empty(shape, device=device)
+    return _pair(torch.empty, shape, device)
 
 
 def _total(partial: Tensor, row: bool) -> Tensor:
@@ -211,7 +216,7 @@ def _quantize(
     clip = torch.empty(n, (features + 7) // 8, dtype=torch.uint8, device=x.device)
     if not x.numel():
         size = (n if row else features) if gradients else 0
-        return clip, torch.zeros(size, device=x.device), torch.zeros(size, device=x.device)
+        return clip, *_pair(torch.zeros, size, x.device)
     grid, blocks = _sweep(n, features, row)
     d_step, d_bits = _sums(n, features, row, grid[0], x.device) if gradients else (None, None)
     launch(
@@ -221,7 +226,7 @@ def _quantize(
         N=n, F=features, ROW=row, SIGNED=signed, **layout_arguments(counts, features), **blocks, **EXACT,
     )  # fmt: skip
     if d_step is None or d_bits is None:
-        return clip, torch.empty(0, device=x.device), torch.empty(0, device=x.device)
+        return clip, *_pair(torch.empty, 0, x.device)
     return clip, _total(d_step, row), _total(d_bits, row)
 
 
@@ -254,7 +259,7 @@ def fake_quantize_backward(
     d_x = torch.empty(x.shape, dtype=grad.dtype, device=x.device)
     if not x.numel():
         size = n if row else features
-        return d_x, torch.zeros(size, device=x.device), torch.zeros(size, device=x.device)
+        return d_x, *_pair(torch.zeros, size, x.device)
     grid, blocks = _sweep(n, features, row)
     d_step, d_bits = _sums(n, features, row, grid[0], x.device)
     launch(

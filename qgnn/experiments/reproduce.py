@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from .. import quant
-from ..data import Dataset, GraphDataset, load
+from ..data import Dataset, GraphDataset, UnknownDataset, load
 from ..recipes import recipe_for
 from ..tasks import fold_count
 from .store import Cell, Key, Store
@@ -59,13 +59,15 @@ def plan(table: Table, rows: Iterable[Row], seeds: int, root: Path | None = None
     """What to run for each row. Each data set is loaded once, and let go: where that fails, its rows are not run and say why.
 
     Raises:
-        ValueError: a row's scheme, model or setting does not exist; the sentence names the row.
+        ValueError: a row's data set, scheme, model or setting does not exist; the sentence names the row.
     """
     plans = {row.id: Plan(row) for row in rows}
     for name in dict.fromkeys(p.row.dataset for p in plans.values() if p.row.scheme):
         own = [p for p in plans.values() if p.row.dataset == name and p.row.scheme]
         try:
             dataset = load(name, root)
+        except UnknownDataset as error:
+            raise ValueError(f"table {table.name}, row {own[0].row.id}: {error}") from error
         except (ValueError, OSError) as error:
             for p in own:
                 p.missing = str(error)

@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,8 @@ from ..serialize import save
 from ..trace import collect_trace, write_trace
 
 Key = tuple[str, str, str, str, int, int]
+
+_DEFAULTS = {f.name: f.default for f in fields(Recipe) if f.default is not MISSING}
 
 
 @dataclass(frozen=True)
@@ -85,11 +87,11 @@ class Store:
             yield
 
     def finished(self) -> dict[Key, dict[str, Any]]:
-        """The records of finished runs."""
+        """The records of finished runs. Settings that recipes did not have yet when one was written count as their defaults."""
         found = {}
         for record in results.read(self.results):
             if record.keys() >= {"dataset", "model", "scheme", "seed", "recipe"}:
-                found[_key(record, record["recipe"])] = record
+                found[_key(record, {**_DEFAULTS, **record["recipe"]})] = record
         return found
 
     def checkpoint(self, cell: Cell) -> Path:

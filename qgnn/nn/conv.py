@@ -84,10 +84,10 @@ def leading_linear(module: nn.Module) -> Linear | None:
     return first if isinstance(first, Linear) else None
 
 
-def narrows(linear: Linear, reduce: str) -> bool:
-    """Whether an aggregation should run after ``linear``: where that gives fewer columns, fewer are summed, and a sum or mean of products is the
-    product of the sum or mean. Maximum and minimum are not, and run first."""
-    return linear.out_channels < linear.in_channels and reduce in ("sum", "mean")
+def narrows(in_channels: int, out_channels: int, reduce: str) -> bool:
+    """Whether an aggregation should run after a Linear of these sizes: where that gives fewer columns, fewer are summed, and a sum or mean of
+    products is the product of the sum or mean. Maximum and minimum are not, and run first."""
+    return out_channels < in_channels and reduce in ("sum", "mean")
 
 
 def dense(x: Features) -> Tensor:

@@ -54,12 +54,13 @@ class GINConv(nn.Module):
     ) -> None:
         super().__init__()
         check_message_passing(kwargs)
-        self.reduce = check_reduction(aggr)
+        self.aggr, self.reduce = aggr, check_reduction(aggr)
         linear = leading_linear(nn) or next((m for m in nn.modules() if isinstance(m, Linear)), None)
         if linear is None:
             raise ValueError("the nn of a GINConv must hold a qgnn.nn.Linear: it says how many features there are")
         self.nn, self.initial_eps, self.in_channels = nn, eps, linear.in_channels
-        self.first = narrows(linear, self.reduce) and leading_linear(nn) is linear
+        narrower = narrows(linear.in_channels, linear.out_channels, self.reduce)
+        self.first = narrower and leading_linear(nn) is linear
         self.scheme = parse(scheme)
         self.operand_channels = linear.out_channels if self.first else linear.in_channels
         self.operand_quantizer = column_quantizer(self.scheme, self.operand_channels)
@@ -105,4 +106,4 @@ class GINConv(nn.Module):
         return [*inner, operand_map(self.operand_quantizer, name, self.operand_channels, inner[0].nodes)]
 
     def extra_repr(self) -> str:
-        return f"scheme={self.scheme.name!r}"
+        return f"aggr={self.aggr!r}, scheme={self.scheme.name!r}"

@@ -20,7 +20,7 @@ from .conv import (
     narrows,
     operand_map,
 )
-from .linear import Linear
+from .linear import Linear, check_channels
 
 
 class SAGEConv(nn.Module):
@@ -34,7 +34,7 @@ class SAGEConv(nn.Module):
         out_channels, normalize, root_weight, project, bias: as PyG's SAGEConv.
         aggr: "mean", "add", "max" or "min".
         scheme: a scheme name (:mod:`qgnn.quant.scheme`).
-        num_nodes: nodes of the graph; needed by "a2q".
+        num_nodes: nodes of the graph, or ``(sources, targets)`` of a bipartite one; needed by "a2q".
 
     Shapes: ``x`` ``[N, in]``, or a pair ``([M, in], [N, in] or None)``; ``edge_index`` ``[2, E]`` or a :class:`qgnn.Graph` -> ``[N, out]``.
     State-dict keys ``lin_l.weight``, ``lin_l.bias``, ``lin_r.weight`` and ``lin.*`` (``project``), as PyG's.
@@ -51,7 +51,7 @@ class SAGEConv(nn.Module):
         bias: bool = True,
         *,
         scheme: str | Scheme = "fp32",
-        num_nodes: int | None = None,
+        num_nodes: int | tuple[int, int] | None = None,
         **kwargs: object,
     ) -> None:
         super().__init__()
@@ -60,12 +60,16 @@ class SAGEConv(nn.Module):
         self.in_channels, self.out_channels = in_channels, out_channels
         self.normalize, self.root_weight, self.project = normalize, root_weight, project
         self.aggr, self.reduce, self.scheme = aggr, check_reduction(aggr), parse(scheme)
+        check_channels(min(source, target), out_channels)
+        sources, targets = num_nodes if isinstance(num_nodes, tuple) else (num_nodes, num_nodes)
+        self.first = narrows(source, out_channels, self.reduce)
         if project:
-            self.lin = Linear(source, source, scheme=self.scheme, num_nodes=num_nodes)
-        self.lin_l = Linear(source, out_channels, bias, scheme=self.scheme, num_nodes=num_nodes)
+            self.lin = Linear(source, source, scheme=self.scheme, num_nodes=sources)
+        self.lin_l = Linear(
+            source, out_channels, bias, scheme=self.scheme, num_nodes=sources if self.first else targets
+        )
         if root_weight:
-            self.lin_r = Linear(target, out_channels, False, scheme=self.scheme, num_nodes=num_nodes)
-        self.first = narrows(self.lin_l, self.reduce)
+            self.lin_r = Linear(target, out_channels, False, scheme=self.scheme, num_nodes=targets)
         self.operand_channels = out_channels if self.first else source
         self.operand_quantizer = column_quantizer(self.scheme, self.operand_channels)
 

@@ -80,7 +80,7 @@ class LearnedQuantizer(LayerQuantizer):
     """What the two A2Q quantizers share: a weight of 4 bits with a learned step per output, and how steps and widths start.
 
     Steps are kept positive by learning their logarithm. They start from the first batch that is seen while ``enabled``, or, if ``initial_step``
-    is not 0, as the paper draws them; the widths have the mean ``initial_bits``.
+    is not 0, as the paper draws them; the widths have the mean ``initial_bits``, and all are that where they do not learn.
     """
 
     def __init__(self, in_channels: int, out_channels: int, scheme: Scheme, rows: int) -> None:
@@ -154,7 +154,7 @@ class A2QQuantizer(LearnedQuantizer):
             if self.in_degree is None:
                 raise ValueError("widths by in-degree need a graph: -manual is for layers of a convolution")
             self.bits.copy_(bits_by_degree(self.in_degree, self.initial_bits))
-        elif self.initial_step:
+        elif self.initial_step or not self.scheme.learn_bits:
             self.bits.fill_(self.initial_bits)
         else:
             self.bits.copy_(bits_for_equal_steps(x, self.initial_bits))

@@ -40,11 +40,11 @@ class FeatureMap:
     signed: bool = False
 
     def packed_bytes(self) -> int:
-        """Bytes of the packed codes (:mod:`qgnn.kernels.packing`); 4 per element for a map at 32 bits."""
+        """Bytes of the packed codes (:mod:`qgnn.kernels.packing`); of the floats of a map at 32 or 16 bits."""
         if isinstance(self.bits, Tensor):
             counts, _ = bucket_rows(containers_of(self.bits, self.signed))
-        elif self.bits == 32:
-            return 4 * self.dim * self.nodes
+        elif self.bits in (16, 32):
+            return self.bits // 8 * self.dim * self.nodes
         else:
             counts = uniform_counts(self.nodes, container_of(self.bits, self.signed))
         return bucket_starts(counts, self.dim)[-1]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import Tensor
 
 from .. import autograd
@@ -34,7 +36,8 @@ class HalfQuantizer(_FloatQuantizer):
     def linear(self, x: Tensor | SparseFeatures, weight: Tensor) -> Tensor:
         if not self.enabled:
             return x @ weight.t()
-        return _half((_half(x) if isinstance(x, Tensor) else x) @ _half(weight).t())
+        rounded = _half(x) if isinstance(x, Tensor) else replace(x, values=_half(x.values))
+        return _half(rounded @ _half(weight).t())
 
 
 class HalfColumns(ColumnQuantizer):

@@ -40,9 +40,17 @@ def protection_probability(in_degree: Tensor, p_min: float, p_max: float, batch:
     return p_min + (p_max - p_min) * share.to(torch.float32)
 
 
+def note_batch(graph: Graph, batch: Tensor) -> None:
+    """Says which graph each node is of, int64 ``[N]``, for :func:`protective_mask`; probabilities by another ``batch`` are forgotten."""
+    if graph.notes.get("batch") is not batch:
+        for key in [k for k in graph.notes if isinstance(k, tuple) and k[0] == "protection"]:
+            del graph.notes[key]
+        graph.notes["batch"] = batch
+
+
 def protective_mask(scheme: Scheme, graph: Graph) -> Tensor:
     """The mask of one layer in one training step, bool ``[N]``, drawn anew (DQ algorithm 1). Ranks are taken within each graph of a batch, which
-    ``graph.notes["batch"]`` holds where there are several.
+    :func:`note_batch` noted where there are several.
 
     Raises:
         ValueError: the graph is bipartite, so that its sources have no in-degree.

@@ -25,7 +25,7 @@ class GroupQuantizer(LearnedQuantizer):
         self.register_buffer("usage", torch.zeros(scheme.groups, dtype=torch.int64))
         self.usage: Tensor
         self.counting = False
-        self.counts = torch.zeros(scheme.groups)
+        self.rows, self.counts = 0, torch.zeros(scheme.groups, dtype=torch.int64)
         self._known: tuple[tuple[object, ...], tuple[Tensor, ...]] | None = None
 
     def product(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -37,14 +37,18 @@ class GroupQuantizer(LearnedQuantizer):
             bounds, order, step, widths = self._table(signed)
             x_q, _, group = fake_quantize_nearest(x, bounds, order, step, widths, signed)
         if self.training:
-            self.counts = torch.bincount(group, minlength=self.bits.numel())
+            self.rows, self.counts = (
+                x.size(0),
+                torch.zeros_like(self.usage).index_add_(0, group, torch.ones_like(group)),
+            )
         elif self.counting:
-            self.usage += torch.bincount(group, minlength=self.bits.numel())
+            self.usage.index_add_(0, group, torch.ones_like(group))
         return x_q @ weight
 
     def _table(self, signed: bool) -> tuple[Tensor, ...]:
         """Sorted bounds of the groups, their steps and widths: made once, as long as no parameter changes (A2Q sec. 3.3)."""
-        version = (self.bits._version, self.log_step._version, self.bits.data_ptr(), signed)
+        parameters = (self.bits, self.log_step)
+        version = (*((p._version, p.data_ptr()) for p in parameters), signed)
         if self._known is None or self._known[0] != version:
             step, widths = self.log_step.exp(), rounded_bits(self.bits)
             self._known = (version, (*group_table(step * largest_code(widths, signed)), step, widths))
@@ -55,26 +59,45 @@ class GroupQuantizer(LearnedQuantizer):
         """The groups' largest values are spread over the rows' largest magnitudes, so that each group serves equally many nodes at first."""
         place = torch.linspace(0, max(x.size(0) - 1, 0), self.bits.numel(), device=x.device).round().long()
         largest = torch.sort(x.abs().amax(1)).values[place].clamp_min(SMALLEST_STEP)
-        if self.initial_step:
+        if self.initial_step or not self.scheme.learn_bits:
             self.bits.fill_(self.initial_bits)
+        else:
+            self.bits.copy_(bits_for_equal_steps(largest.unsqueeze(1), self.initial_bits, lowest=2.0))
+        if self.initial_step:
             self.log_step.copy_(drawn_steps(self.log_step, self.initial_step).log())
             return
-        self.bits.copy_(bits_for_equal_steps(largest.unsqueeze(1), self.initial_bits, lowest=2.0))
         self.log_step.copy_((largest / largest_code(rounded_bits(self.bits), self.kind == "signed").clamp_min(1)).log())
 
     def input_codes(self, x: Tensor | None) -> InputCodes:
         raise ValueError("the nearest neighbour strategy chooses steps as values come: it has no fixed codes to freeze")
 
     def width_sum(self) -> tuple[Tensor, int]:
-        return (self.counts.to(self.bits) * self.bits).sum(), int(self.counts.sum())
+        return (self.counts.to(self.bits) * self.bits).sum(), self.rows
 
     def input_bits(self) -> Tensor | int:
-        return rounded_bits(self.bits).repeat_interleave(self.usage) if self.enabled else 32
+        """Width of every node that was counted.
+
+        Raises:
+            ValueError: none was.
+        """
+        if not self.enabled:
+            return 32
+        if not bool(self.usage.any()):
+            raise ValueError(
+                "no node was counted yet: call qgnn.quant.reset_usage(model), evaluate the model, and ask again"
+            )
+        return rounded_bits(self.bits).repeat_interleave(self.usage)
+
+    def reset_usage(self) -> None:
+        """Counts anew."""
+        self.usage.zero_()
+        self.counting = True
 
 
 def reset_usage(model: nn.Module) -> None:
-    """Counts anew which groups are used, for a pass over the data that the average width is to be counted on. Inference alone counts nothing."""
+    """Counts anew which groups are used, and how many nodes and graphs are seen, for a pass over the data that widths and bytes are to be counted on.
+    Inference alone counts no groups."""
     for module in model.modules():
-        if isinstance(module, GroupQuantizer):
-            module.usage.zero_()
-            module.counting = True
+        reset = getattr(module, "reset_usage", None)
+        if callable(reset):
+            reset()

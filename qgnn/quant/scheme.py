@@ -85,6 +85,7 @@ _EXCLUSIVE = (
     ("extremes", "percentile"),
     ("fixed", "steps", "bits", "manual"),
     ("global",),
+    ("mGROUPS",),
 )
 
 
@@ -108,8 +109,9 @@ def parse(name: str | Scheme) -> Scheme:
             f"there is no scheme {name!r}; choose one of {', '.join(SCHEMES)}; those with int8 or int4 take the suffixes "
             f"{', '.join('-' + s for s in _RANGES)}, a2q and a2q-nns {', '.join('-' + s for s in _ABLATIONS)}, a2q-nns -mGROUPS"
         )
+    kinds = ["mGROUPS" if _groups(s) else s for s in suffixes]
     for choices in _EXCLUSIVE:
-        if sum(suffixes.count(suffix) for suffix in choices) > 1:
+        if sum(map(kinds.count, choices)) > 1:
             raise ValueError(f"scheme {name!r} says {' or '.join('-' + c for c in choices)} more than once")
     for change in changes:
         scheme = replace(scheme, **(change or {}))
