@@ -31,8 +31,8 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-NAMES = (*(f"a2q-{n}" for n in (1, 2, 3, *range(8, 17))), *(f"dq-{n}" for n in (1, 2, 3, 9)))
-"""The tables that come with the package: those of A²Q and of Degree-Quant, by the papers' numbers."""
+NAMES = (*(f"a2q-{n}" for n in (1, 2, 3, *range(8, 17))), *(f"dq-{n}" for n in (1, 2, 3, 9)), "tu")
+"""The tables that come with the package: those of A²Q and of Degree-Quant, by the papers' numbers, and GIN on small TUDatasets."""
 
 METRICS = ("accuracy", "mae", "hits@50", "f1", "ap", "rocauc")
 
