@@ -21,8 +21,9 @@ from rich.table import Column, Table
 
 from qgnn.data import load
 from qgnn.perf.timing import paired
-from qgnn.perf.train_step import PyGGCN
+from qgnn.perf.train_step import PyGModel, pyg_layers
 from qgnn.quant import FeatureMap, feature_maps
+from qgnn.recipes import Recipe
 from qgnn.train import Run, train
 
 SCHEMES = ("fp32", "dq-int8", "dq-int4", "a2q")
@@ -113,12 +114,8 @@ def main() -> None:
     fp32 = runs.pop("fp32").record
     table.add_row("fp32", f"{fp32['test_acc']:.1f}", "32", "1.0", f"{fp32['fp32_bytes']:,}")
     for run in runs.values():
-        table.add_row(
-            *row(
-                run,
-                PyGGCN(dataset.data.x.size(1), run.record["recipe"]["hidden"], dataset.num_classes, 0.0, 0.0).eval(),
-            )
-        )
+        layers = pyg_layers("gcn", dataset.data.x.size(1), dataset.num_classes, Recipe(**run.record["recipe"]))
+        table.add_row(*row(run, PyGModel(layers, 0.0, 0.0).eval()))
     console.print(table)
     console.print(
         "One seed each, accuracy in percent. Average bits and compression count the quantized\n"

@@ -3,6 +3,8 @@
 import importlib
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -66,6 +68,15 @@ def test_targets_exist() -> None:
     shown = re.findall(r"^make (\w+)", SHELL, re.MULTILINE)
     assert set(shown) == {"demo", "test"}
     assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in shown)
+
+
+def test_demo_runs(tmp_path: Path) -> None:
+    """What `make demo` starts, as it is: in a process of its own, since it sets threads."""
+    done = subprocess.run([sys.executable, ROOT / "examples/demo.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out/demo_bits.png").is_file()
+    for scheme in ("fp32", "dq-int8", "dq-int4", "a2q"):
+        assert re.search(rf"^ *{scheme} ", done.stdout, re.MULTILINE)
 
 
 def test_links_lead_somewhere() -> None:
