@@ -50,7 +50,7 @@ _TU_NAMES = """
     Tox21_p53_testing Tox21_p53_training UACC257 UACC257H Yeast YeastH ZINC_full ZINC_test ZINC_train ZINC_val alchemy_full aspirin benzene
     dblp_ct1 dblp_ct2 deezer_ego_nets ethanol facebook_ct1 facebook_ct2 github_stargazers highschool_ct1 highschool_ct2 infectious_ct1
     infectious_ct2 malonaldehyde mit_ct1 mit_ct2 naphthalene reddit_threads salicylic_acid toluene tumblr_ct1 tumblr_ct2 twitch_egos uracil
-""".split()  # noqa: SIM905 - as a list, a line for each name
+"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -364,7 +364,7 @@ def _folds(y: Tensor, folds: int = 10) -> tuple[Split, ...]:
 
 
 READERS: dict[str, Callable[[str, Path], Dataset | GraphDataset]] = {
-    **dict.fromkeys(_TU_NAMES, _tu),
+    **dict.fromkeys(_TU_NAMES.split(), _tu),
     **dict.fromkeys(("Cora", "CiteSeer", "PubMed"), _citation),
     "ogbn-arxiv": _arxiv,
     "ogbn-mag": _mag,

@@ -12,59 +12,12 @@ from torch_geometric.sampler import BaseSampler, EdgeSamplerInput, NodeSamplerIn
 from torch_geometric.sampler.neighbor_sampler import edge_sample
 
 from .graph import Graph
-from .kernels.cpu.common import Array, array, inlined, kernel
+from .kernels.cpu.common import Array, array
+from .kernels.cpu.sample import sample_hop
 
 if TYPE_CHECKING:
     from torch_geometric.data import Data
     from torch_geometric.sampler import NegativeSampling
-
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-
-
-@inlined
-def _mixed(state):  # type: ignore[no-untyped-def]  # compiled from its source, like the kernels
-    """SplitMix64's output function (Steele, Lea and Flood, 2014): uint64 -> uint64, every bit depends on every bit."""
-    z = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
-
-
-@kernel
-def _sample_hop(  # type: ignore[no-untyped-def]  # as above
-    indptr, indices, perm, nodes, first, starts, key, local, known, row, col, edge, found
-):  # fmt: skip
-    """Draws ``starts[i + 1] - starts[i]`` edges of every ``nodes[i]`` without replacement, all subsets equally likely (Floyd's algorithm).
-
-    ``local`` [N] holds the place of every sampled node in the output, -1 for others; ``known`` nodes have one. Nodes that are met for the first time
-    get the next places and stand in ``found``; returns their number. What a node draws depends on ``key`` and its place ``first + i`` only.
-
-    On one thread: a loader's workers are the threads, and Numba's parallel kernels do not survive a fork.
-    """
-    fresh = 0
-    for i in range(nodes.size):
-        begin, degree = indptr[nodes[i]], indptr[nodes[i] + 1] - indptr[nodes[i]]
-        start, count = starts[i], starts[i + 1] - starts[i]
-        state = _mixed(key + np.uint64(first + i) * _GOLDEN)
-        for k in range(count):
-            pick = np.int64(k)
-            if count < degree:
-                last = degree - count + k
-                state += _GOLDEN
-                pick = np.int64(np.float64(_mixed(state) >> np.uint64(11)) * 2.0**-53 * (last + 1))
-                taken = False
-                for j in range(start, start + k):
-                    taken |= edge[j] == pick
-                pick = last if taken else pick
-            edge[start + k] = pick
-        for j in range(start, start + count):
-            e = begin + edge[j]
-            source = indices[e]
-            if local[source] < 0:
-                local[source] = known + fresh
-                found[fresh] = source
-                fresh += 1
-            row[j], col[j], edge[j] = local[source], first + i, perm[e]
-    return fresh
 
 
 class NeighborSampler(BaseSampler):
@@ -149,7 +102,7 @@ class NeighborSampler(BaseSampler):
             starts = np.zeros(frontier.size + 1, dtype=np.int64)
             np.cumsum(counts if fan_out < 0 else np.minimum(counts, fan_out), out=starts[1:])
             drawn = np.empty((4, starts[-1]), dtype=np.int64)  # rows, columns, edge ids, nodes that are new
-            fresh = _sample_hop(
+            fresh = sample_hop(
                 indptr, indices, perm, frontier, total - frontier.size, starts, key, local, total, *drawn
             )  # fmt: skip
             nodes.append(drawn[3, :fresh])

@@ -141,7 +141,7 @@ def graphs(task: str, count: int = 10) -> GraphDataset:
     splits = tuple(
         Split(order[(order - k) % count >= 4], (order[:2] + k) % count, (order[2:4] + k) % count) for k in range(3)
     )
-    return GraphDataset("made", made, 1, 2 if task == "graph" else 1, "tu", task, splits)  # type: ignore[arg-type]  # a plain str
+    return GraphDataset("made", made, 1, 2 if task == "graph" else 1, "tu", task, splits)
 
 
 def test_an_epoch_sees_every_training_graph_once_in_an_order_of_its_own() -> None:

@@ -163,7 +163,7 @@ def test_resumed_training_on_graphs_is_the_same_training(
         torch.manual_seed(seed)
         model = train.build(quant.parse(scheme), superpixels, recipe, "gin")
         t = train.Trainer(model, tasks.task_of(superpixels, recipe), recipe)
-        t.run(**more)  # type: ignore[arg-type]  # of a dict of arguments
+        t.run(**more)
         return t
 
     def stop(done: int, total: int) -> None:

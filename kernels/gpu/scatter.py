@@ -165,8 +165,9 @@ def group(index: Tensor, size: int) -> tuple[Tensor, Tensor]:
 def _launch(kernel: Any, indptr: Tensor, indices: Tensor, features: int, **arguments: Any) -> None:
     """A program for every group and block of columns, as many rows at a time as a group has on average."""
     groups, sizes = indptr.numel() - 1, float_tile(features)
-    block_e = min(triton.next_power_of_2(max(triton.cdiv(indices.numel(), groups), 1)), sizes["BLOCK_E"])
+    block_e = 1  # of a kernel that takes its rows one by one: more warps would only repeat its loads and stores
     if "BLOCK_E" in kernel.arg_names:
+        block_e = min(triton.next_power_of_2(max(triton.cdiv(indices.numel(), groups), 1)), sizes["BLOCK_E"])
         arguments["BLOCK_E"] = block_e
     warps = min(max(block_e * sizes["BLOCK_F"] // 256, 1), 4)
     launch(
