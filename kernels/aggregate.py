@@ -7,8 +7,7 @@ Float aggregation, out[i] = reduce over edges e of row i of weight[e] * x[indice
 float32 accumulation in a fixed order (float64 for float64), so two runs give the same bits. Empty rows are 0. ``max`` and ``min`` also give ``arg``,
 the CSR position of the edge that was taken (the first of equals, NaN before all; -1 for an empty row).
 
-Packed aggregation sums the codes in int32, exactly, whatever the order, and then applies the epilogue of :mod:`.matmul` and, on request, a
-quantization with a step and width per row (:mod:`.quantize`), packed into the rows' own containers.
+Packed aggregation sums the codes in int32, exactly, whatever the order, and then applies the epilogue of :mod:`.matmul`.
 """
 
 from __future__ import annotations
@@ -18,10 +17,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .backend import implementation
-from .matmul import epilogue_reference
-from .packing import bucket_starts, pack_reference, uniform_counts, unpack_reference
-from .quantize import codes_reference, compute_dtype
+from .backend import implementation, operation
+from .matmul import epilogue_reference, output_reference
+from .packing import empty_output, uniform_counts, unpack_reference
+from .quantize import compute_dtype
 
 REDUCTIONS = ("sum", "mean", "max", "min")
 
@@ -72,7 +71,7 @@ def aggregate_reference(
     return out.to(x.dtype), indptr.new_empty(0)
 
 
-@torch.library.custom_op("qgnn::aggregate", mutates_args=())
+@operation("qgnn::aggregate")
 def aggregate(
     indptr: Tensor, indices: Tensor, schedule: Sequence[Tensor], x: Tensor, weight: Tensor | None, reduce: str
 ) -> tuple[Tensor, Tensor]:
@@ -140,62 +139,46 @@ def _(rows: Tensor, indices: Tensor, x: Tensor, grad: Tensor, arg: Tensor | None
     return x.new_empty(rows.shape[0], dtype=compute_dtype(x))
 
 
-def _output_reference(
-    v: Tensor,
-    out_step: Tensor | None,
-    out_bits: Tensor | None,
-    out_pos: Tensor | None,
-    out_counts: Sequence[int],
-    out_signed: bool,
-) -> Tensor:
-    if out_step is None or out_bits is None:
-        return v
-    codes, _ = codes_reference(v, out_step, out_bits, True, out_signed)
-    return pack_reference(codes, out_pos, out_counts)
-
-
 def aggregate_packed_reference(
     indptr: Tensor, indices: Tensor, schedule: Sequence[Tensor], x: Tensor, container: int, sources: int, features: int, signed: bool,
-    output: str, row_scale: Tensor | None, col_scale: Tensor | None, bias: Tensor | None, relu: bool,
-    out_step: Tensor | None, out_bits: Tensor | None,
-    out_pos: Tensor | None, out_counts: Sequence[int], out_signed: bool,
+    output: str, row_scale: Tensor | None, self_scale: Tensor | None, col_scale: Tensor | None, bias: Tensor | None, addend: Tensor | None,
+    relu: bool, post_scale: Tensor | None, post_shift: Tensor | None,
+    out_step: Tensor | None, out_bits: Tensor | None, out_pos: Tensor | None, out_counts: Sequence[int], out_signed: bool,
 ) -> Tensor:  # fmt: skip
     codes = unpack_reference(x, None, uniform_counts(sources, container), features, signed)
     acc = torch.zeros(indptr.numel() - 1, features, dtype=torch.int32, device=x.device)
     acc.index_add_(0, rows_of_edges(indptr).long(), codes[indices.long()])
     if output == "acc":
         return acc
-    v = epilogue_reference(acc, row_scale, col_scale, bias, relu)
-    return _output_reference(v, out_step, out_bits, out_pos, out_counts, out_signed)
+    own = None if self_scale is None else self_scale * codes
+    v = epilogue_reference(acc, row_scale, own, col_scale, bias, addend, relu, post_scale, post_shift)
+    return output_reference(v, output, out_step, out_bits, out_pos, out_counts, out_signed)
 
 
-@torch.library.custom_op("qgnn::aggregate_packed", mutates_args=())
+@operation("qgnn::aggregate_packed")
 def aggregate_packed(
     indptr: Tensor, indices: Tensor, schedule: Sequence[Tensor], x: Tensor, container: int, sources: int, features: int, signed: bool,
-    output: str, row_scale: Tensor | None, col_scale: Tensor | None, bias: Tensor | None, relu: bool,
-    out_step: Tensor | None, out_bits: Tensor | None,
-    out_pos: Tensor | None, out_counts: Sequence[int], out_signed: bool,
+    output: str, row_scale: Tensor | None, self_scale: Tensor | None, col_scale: Tensor | None, bias: Tensor | None, addend: Tensor | None,
+    relu: bool, post_scale: Tensor | None, post_shift: Tensor | None,
+    out_step: Tensor | None, out_bits: Tensor | None, out_pos: Tensor | None, out_counts: Sequence[int], out_signed: bool,
 ) -> Tensor:  # fmt: skip
     """Sums the codes of ``x`` (packed ``[M, F]``, all rows in one ``container``, ``M = sources``) in int32; the caller has checked that
-    ``largest code * largest in-degree`` fits. ``output``: ``"acc"`` int32 ``[N, F]``; ``"float"`` float32 ``[N, F]``, after the epilogue with
-    ``row_scale`` ``[N]``, ``col_scale`` ``[F]``, ``bias`` ``[F]``; ``"packed"``: the codes of that with ``out_step``, ``out_bits`` ``[N]``, where
-    ``out_pos`` and ``out_counts`` say."""
+    ``largest code * largest in-degree`` fits. ``self_scale`` (float32 ``[1]``; it needs ``M = N``) adds each row's own codes. ``output``: ``"acc"``
+    int32 ``[N, F]``, ``"float"`` float32 ``[N, F]``, or ``"rows"`` (:mod:`.matmul`)."""
     return implementation("aggregate", "aggregate_packed", aggregate_packed_reference, x)(
-        indptr, indices, schedule, x, container, sources, features, signed, output, row_scale, col_scale, bias, relu, out_step, out_bits, out_pos,
-        out_counts, out_signed,
+        indptr, indices, schedule, x, container, sources, features, signed, output, row_scale, self_scale, col_scale, bias, addend, relu, post_scale,
+        post_shift, out_step, out_bits, out_pos, out_counts, out_signed,
     )  # fmt: skip
 
 
 @aggregate_packed.register_fake
 def _(
     indptr: Tensor, indices: Tensor, schedule: Sequence[Tensor], x: Tensor, container: int, sources: int, features: int, signed: bool,
-    output: str, row_scale: Tensor | None, col_scale: Tensor | None, bias: Tensor | None, relu: bool,
-    out_step: Tensor | None, out_bits: Tensor | None,
-    out_pos: Tensor | None, out_counts: Sequence[int], out_signed: bool,
+    output: str, row_scale: Tensor | None, self_scale: Tensor | None, col_scale: Tensor | None, bias: Tensor | None, addend: Tensor | None,
+    relu: bool, post_scale: Tensor | None, post_shift: Tensor | None,
+    out_step: Tensor | None, out_bits: Tensor | None, out_pos: Tensor | None, out_counts: Sequence[int], out_signed: bool,
 ) -> Tensor:  # fmt: skip
-    if output == "packed":
-        return x.new_empty(bucket_starts(out_counts, features)[-1])
-    return x.new_empty((indptr.shape[0] - 1, features), dtype=torch.int32 if output == "acc" else torch.float32)
+    return empty_output(x, output, indptr.shape[0] - 1, features, out_counts)
 
 
 def aggregate_rows_reference(
@@ -208,10 +191,10 @@ def aggregate_rows_reference(
         messages = messages * weight.unsqueeze(1)
     acc = torch.zeros(indptr.numel() - 1, features, dtype=torch.float32, device=x.device)
     acc.index_add_(0, rows_of_edges(indptr).long(), messages)
-    return epilogue_reference(acc, row_scale, None, bias, relu)
+    return epilogue_reference(acc, row_scale, bias=bias, relu=relu)
 
 
-@torch.library.custom_op("qgnn::aggregate_rows", mutates_args=())
+@operation("qgnn::aggregate_rows")
 def aggregate_rows(
     indptr: Tensor, indices: Tensor, schedule: Sequence[Tensor], x: Tensor, pos: Tensor | None, counts: Sequence[int], features: int, signed: bool,
     step: Tensor, weight: Tensor | None, row_scale: Tensor | None, bias: Tensor | None, relu: bool,

@@ -18,6 +18,10 @@ Nothing of size ``E * H * C`` is made. Backward computes alpha again from ``top`
 
 All of it is float32 (float64 for float64), summed in a fixed order, so two runs give the same bits. Rows without edges are 0. An edge of score
 -inf counts as no edge; a score of NaN or +inf makes its row NaN.
+
+Inference runs on packed operands: codes ``[M, H * C]``, signed, all rows in one container, with a step for each column. :func:`attention_scores`
+gives ``src`` and ``dst`` with the steps inside its vectors; :func:`gat_packed` sums ``alpha_e * code`` and applies the epilogue of :mod:`.matmul`,
+whose ``col_scale`` then holds the steps.
 """
 
 from __future__ import annotations
@@ -28,6 +32,8 @@ import torch
 from torch import Tensor
 
 from .backend import implementation
+from .matmul import epilogue_reference, output_reference
+from .packing import empty_output, uniform_counts, unpack_reference
 from .quantize import compute_dtype
 
 
@@ -170,3 +176,67 @@ def _(
     shapes = src.shape, dst.shape, (indices.shape[0], x.shape[1])
     grad_src, grad_dst, draw = (x.new_empty(shape, dtype=compute_dtype(x)) for shape in shapes)
     return x.new_empty(x.shape), grad_src, grad_dst, draw
+
+
+def attention_scores_reference(
+    x: Tensor, container: int, sources: int, heads: int, channels: int, vectors: Tensor
+) -> Tensor:
+    codes = unpack_reference(x, None, uniform_counts(sources, container), heads * channels, True)
+    products = codes.unsqueeze(1) * vectors
+    return products.view(sources, 2, heads, channels).sum(3).view(sources, 2 * heads)
+
+
+@torch.library.custom_op("qgnn::attention_scores", mutates_args=())
+def attention_scores(x: Tensor, container: int, sources: int, heads: int, channels: int, vectors: Tensor) -> Tensor:
+    """Codes ``x`` (packed ``[M, H * C]``, ``M = sources``, signed, in one ``container``) and ``vectors`` ``[2, H * C]`` (float32: step times
+    ``att_src``, step times ``att_dst``) -> float32 ``[M, 2 * H]``: the sums over each head's channels of ``code * vectors[0]``, then those of
+    ``code * vectors[1]``, in a fixed order."""
+    return implementation("attention", "attention_scores", attention_scores_reference, x)(
+        x, container, sources, heads, channels, vectors
+    )
+
+
+@attention_scores.register_fake
+def _(x: Tensor, container: int, sources: int, heads: int, channels: int, vectors: Tensor) -> Tensor:
+    return vectors.new_empty((sources, 2 * heads))
+
+
+def gat_packed_reference(
+    indptr: Tensor, indices: Tensor, schedule: Sequence[Tensor], x: Tensor, container: int, sources: int, heads: int, channels: int, src: Tensor,
+    dst: Tensor, negative_slope: float, output: str, col_scale: Tensor | None, bias: Tensor | None, addend: Tensor | None, relu: bool,
+    post_scale: Tensor | None, post_shift: Tensor | None,
+    out_step: Tensor | None, out_bits: Tensor | None, out_pos: Tensor | None, out_counts: Sequence[int], out_signed: bool,
+) -> Tensor:  # fmt: skip
+    codes = unpack_reference(x, None, uniform_counts(sources, container), heads * channels, True).float()
+    rows = torch.repeat_interleave((indptr[1:] - indptr[:-1]).long())
+    acc, *_ = gat_aggregate_reference(
+        indptr, indices, rows, schedule, codes.view(sources, heads, channels), src, dst, None, None, negative_slope
+    )
+    v = epilogue_reference(acc.flatten(1), None, None, col_scale, bias, addend, relu, post_scale, post_shift)
+    return output_reference(v, output, out_step, out_bits, out_pos, out_counts, out_signed)
+
+
+@torch.library.custom_op("qgnn::gat_packed", mutates_args=())
+def gat_packed(
+    indptr: Tensor, indices: Tensor, schedule: Sequence[Tensor], x: Tensor, container: int, sources: int, heads: int, channels: int, src: Tensor,
+    dst: Tensor, negative_slope: float, output: str, col_scale: Tensor | None, bias: Tensor | None, addend: Tensor | None, relu: bool,
+    post_scale: Tensor | None, post_shift: Tensor | None,
+    out_step: Tensor | None, out_bits: Tensor | None, out_pos: Tensor | None, out_counts: Sequence[int], out_signed: bool,
+) -> Tensor:  # fmt: skip
+    """:func:`gat_aggregate` of the codes ``x`` (packed ``[M, H * C]``, ``M = sources``, signed, in one ``container``) with ``src`` ``[M, H]`` and
+    ``dst`` ``[N, H]`` (float32; columns of :func:`attention_scores`' result do), then the epilogue. ``output``: ``"float"`` float32
+    ``[N, H * C]``, or ``"rows"`` (:mod:`.matmul`)."""
+    return implementation("attention", "gat_packed", gat_packed_reference, x)(
+        indptr, indices, schedule, x, container, sources, heads, channels, src, dst, negative_slope, output, col_scale, bias, addend, relu,
+        post_scale, post_shift, out_step, out_bits, out_pos, out_counts, out_signed,
+    )  # fmt: skip
+
+
+@gat_packed.register_fake
+def _(
+    indptr: Tensor, indices: Tensor, schedule: Sequence[Tensor], x: Tensor, container: int, sources: int, heads: int, channels: int, src: Tensor,
+    dst: Tensor, negative_slope: float, output: str, col_scale: Tensor | None, bias: Tensor | None, addend: Tensor | None, relu: bool,
+    post_scale: Tensor | None, post_shift: Tensor | None,
+    out_step: Tensor | None, out_bits: Tensor | None, out_pos: Tensor | None, out_counts: Sequence[int], out_signed: bool,
+) -> Tensor:  # fmt: skip
+    return empty_output(x, output, indptr.shape[0] - 1, heads * channels, out_counts)

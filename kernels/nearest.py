@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from .backend import implementation
-from .quantize import compute_dtype, fake_quantize_reference
+from .packing import bucket_starts, pack_reference, uniform_counts
+from .quantize import codes_reference, compute_dtype, fake_quantize_reference
 
 
 def group_table(q_max: Tensor) -> tuple[Tensor, Tensor]:
@@ -60,12 +61,16 @@ def _(absmax: Tensor, bounds: Tensor, order: Tensor) -> Tensor:
     return order.new_empty(absmax.shape)
 
 
+def _row_groups_reference(x: Tensor, bounds: Tensor, order: Tensor) -> Tensor:
+    wide = x.to(compute_dtype(x))
+    absmax = wide.abs().amax(1) if x.size(1) else wide.new_zeros(x.size(0))
+    return nearest_group_reference(absmax, bounds, order)
+
+
 def fake_quantize_nearest_reference(
     x: Tensor, bounds: Tensor, order: Tensor, step: Tensor, bits: Tensor, signed: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    wide = x.to(compute_dtype(x))
-    absmax = wide.abs().amax(1) if x.size(1) else wide.new_zeros(x.size(0))
-    group = nearest_group_reference(absmax, bounds, order)
+    group = _row_groups_reference(x, bounds, order)
     out, clip, *_ = fake_quantize_reference(x, step[group], bits[group], True, signed, False)
     return out, clip, group
 
@@ -89,6 +94,36 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor]:
     n, f = x.shape
     return x.new_empty((n, f)), x.new_empty((n, (f + 7) // 8), dtype=torch.uint8), order.new_empty(n)
+
+
+def quantize_nearest_reference(
+    x: Tensor, bounds: Tensor, order: Tensor, step: Tensor, bits: Tensor, signed: bool, container: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    group = _row_groups_reference(x, bounds, order)
+    codes, _ = codes_reference(x, step[group], bits[group], True, signed)
+    return pack_reference(codes, None, uniform_counts(x.size(0), container)), step[group], group
+
+
+@torch.library.custom_op("qgnn::quantize_nearest", mutates_args=())
+def quantize_nearest(
+    x: Tensor, bounds: Tensor, order: Tensor, step: Tensor, bits: Tensor, signed: bool, container: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Group search and packing in one pass over ``x``, whose values are finite, for inference on rows never seen before.
+
+    Every row takes the same ``container``, wide enough for all groups, so that where a row lies does not depend on its group. Returns the codes
+    (uint8, ``uniform_counts(N, container)`` of :mod:`.packing`), the rows' steps (float32 ``[N]``) and ``group`` (int64 ``[N]``)."""
+    return implementation("nearest", "quantize_nearest", quantize_nearest_reference, x)(
+        x, bounds, order, step, bits, signed, container
+    )
+
+
+@quantize_nearest.register_fake
+def _(
+    x: Tensor, bounds: Tensor, order: Tensor, step: Tensor, bits: Tensor, signed: bool, container: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    n, f = x.shape
+    data = x.new_empty(bucket_starts(uniform_counts(n, container), f)[-1], dtype=torch.uint8)
+    return data, step.new_empty(n), order.new_empty(n)
 
 
 def group_sums_reference(group: Tensor, a: Tensor, b: Tensor, groups: int) -> tuple[Tensor, Tensor]:

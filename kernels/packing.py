@@ -56,6 +56,14 @@ def bucket_starts(counts: Sequence[int], features: int) -> list[int]:
     return starts
 
 
+def empty_output(x: Tensor, output: str, rows: int, columns: int, counts: Sequence[int]) -> Tensor:
+    """Uninitialised memory for the result of an integer operation (:mod:`.matmul`), on the device of ``x``: int32 sums for ``"acc"``, float32 for
+    ``"float"``, a packed buffer for ``"rows"`` and ``"columns"``."""
+    if output in ("rows", "columns"):
+        return x.new_empty(bucket_starts(counts, columns)[-1], dtype=torch.uint8)
+    return x.new_empty((rows, columns), dtype=torch.int32 if output == "acc" else torch.float32)
+
+
 def container_of(width: int, signed: bool) -> int:
     """Container of one code of ``width`` bits (0 to 8)."""
     if not 0 <= width <= 8:

@@ -281,15 +281,15 @@ def aggregate(
         raise TypeError(f"x must be a dense tensor, got {x.layout}")
     if not isinstance(x, Tensor | QTensor):
         raise TypeError(f"x must be a torch.Tensor or a QTensor, got {type(x).__name__}")
-    features = x.shape[1] if len(x.shape) == 2 else -1
-    if len(x.shape) != 2 or x.shape[0] != g.num_sources:
-        raise ValueError(f"x must be [{g.num_sources}, F] for {g}, got shape {tuple(x.shape)}")
+    shape = x.shape
+    if len(shape) != 2 or shape[0] != g.num_sources:
+        raise ValueError(f"x must be [{g.num_sources}, F] for {g}, got shape {tuple(shape)}")
     if x.device != g.device:
         raise ValueError(f"x is on {x.device} and the graph on {g.device}; move one with .to()")
     if edge_weight is not None:
         edge_weight = g.edge_values(edge_weight)
     if isinstance(x, QTensor):
-        return _aggregate_quantized(g, x, edge_weight, reduce, features)
+        return _aggregate_quantized(g, x, edge_weight, reduce, shape[1])
     if not x.is_floating_point():
         raise TypeError(f"x must be a floating-point tensor or a QTensor, got {x.dtype}")
     return aggregate_csr(g, x, edge_weight, reduce)
@@ -421,8 +421,8 @@ def _aggregate_quantized(g: Graph, x: QTensor, weight: Tensor | None, reduce: st
         )
     check_headroom(g, 8 if not x.signed else 7)
     return aggregate_packed(
-        g.indptr, g.indices, list(g.schedule), x.data, x.container, g.num_sources, features, x.signed, "float", row_scale, x.step, None, False,
-        None, None, None, [0] * 5, False,
+        g.indptr, g.indices, list(g.schedule), x.data, x.container, g.num_sources, features, x.signed, "float", row_scale, None, x.step,
+        None, None, False, None, None, None, None, None, [0] * 5, False,
     )  # fmt: skip
 
 
@@ -484,8 +484,8 @@ def matmul(xq: QTensor, wq: QTensor, bias: Tensor | None = None) -> IntegerProdu
 def _product(x: QTensor, w: QTensor, bias: Tensor | None, output: str) -> Tensor:
     columns, container = w.columns
     return matmul_packed(
-        x.data, x.pos, list(x.counts), x.signed, x.zero, columns, container, x.features, w.features, output, x.step, w.step, bias, False,
-        None, None, 0
+        x.data, x.pos, list(x.counts), x.signed, x.zero, columns, container, x.features, w.features, output, x.step, w.step, bias, None,
+        False, None, None, None, None, None, [0] * 5, False,
     )  # fmt: skip
 
 

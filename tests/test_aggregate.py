@@ -175,27 +175,35 @@ def test_backward_of_max_and_edge_dot(backend, name, features):
         assert_sum(actual, ops.edge_dot_reference(rows, indices, x, grad, taken), magnitude, features)
 
 
-def packed_outputs(n, f, device, out_signed):
-    """Every output with and without the factors, and rows of all widths for the packed one."""
+NOTHING = (None, None, None, None, None, False, None, None, None, None, None, [0] * 5, True)
+"""No epilogue, no codes."""
+
+
+def packed_outputs(n, m, f, device, out_signed):
+    """Every output, with and without each operand of the epilogue; codes of rows of all widths, and in one container."""
     g = torch.Generator().manual_seed(3)
-    row_scale, col_scale, bias = (torch.rand(k, generator=g).to(device) for k in (n, f, f))
+    row_scale, col_scale, bias, post_scale, addend = (
+        torch.rand(*shape, generator=g).to(device) for shape in ((n,), (f,), (f,), (f,), (n, f))
+    )
+    self_scale = torch.tensor([1.3], device=device) if n == m else None
     step, bits = (torch.rand(n, generator=g) + 0.05).to(device), (torch.arange(n) % 9).to(torch.uint8).to(device)
     counts, pos = packing.bucket_rows(packing.containers_of(bits, out_signed))
-    nothing = (None, None, None, [0] * 5, True)
+    none, rows = (None, None, None, [0] * 5, True), (step, bits, pos, counts, out_signed)
+    eight = (step, bits, None, packing.uniform_counts(n, 8), out_signed)
     return [
-        ("acc", (None, None, None, False), nothing),
-        ("float", (row_scale, col_scale, bias, True), nothing),
-        ("float", (row_scale, None, None, False), nothing),
-        ("packed", (row_scale, col_scale, -bias, not out_signed), (step, bits, pos, counts, out_signed)),
-        ("packed", (None, None, None, False), (step, bits, pos, counts, out_signed)),
+        ("acc", NOTHING),
+        ("float", (row_scale, None, col_scale, bias, None, True, None, None, *none)),
+        ("float", (None, self_scale, None, None, -addend, False, None, bias, *none)),
+        ("rows", (row_scale, self_scale, col_scale, -bias, addend, True, -post_scale, bias, *rows)),
+        ("rows", (None, None, None, None, None, not out_signed, None, None, *eight)),
     ]
 
 
 def check_packed(structure, n, m, f, container, signed, device, seed=0):
     codes = torch.randint(0, 256, (m, f), generator=torch.Generator().manual_seed(seed))
     x = packing.pack_reference(codes, None, packing.uniform_counts(m, container)).to(device)
-    for output, epilogue, requantize in packed_outputs(n, f, device, signed):
-        arguments = (*structure, x, container, m, f, signed, output, *epilogue, *requantize)
+    for output, tail in packed_outputs(n, m, f, device, signed):
+        arguments = (*structure, x, container, m, f, signed, output, *tail)
         assert_bitwise(ops.aggregate_packed(*arguments), ops.aggregate_packed_reference(*arguments), output)
 
 
@@ -225,9 +233,7 @@ def test_long_rows_of_extreme_codes(backend, container, signed):
     for sort in (True, False):
         schedule = [t.to(backend) for t in build_schedule(indptr, sort)]
         structure = (indptr.to(backend), indices.to(backend), schedule)
-        acc = ops.aggregate_packed(
-            *structure, x, container, 1, 16, signed, "acc", None, None, None, False, None, None, None, [0] * 5, True
-        )
+        acc = ops.aggregate_packed(*structure, x, container, 1, 16, signed, "acc", *NOTHING)
         assert acc.tolist() == [[0] * 16, [600 * code] * 16]
 
 
@@ -239,8 +245,7 @@ def test_any_schedule_gives_the_same_integers(backend, signed):
     results = []
     for options in ({"sort": False}, {}, {"narrow": 0, "chunk": 1}, {"narrow": 3, "chunk": 5}):
         schedule = list(build_schedule(indptr, **options))
-        none = (None, None, None, False, None, None, None, [0] * 5, True)
-        results.append(ops.aggregate_packed(indptr, indices, schedule, x, 8, m, 40, signed, "acc", *none))
+        results.append(ops.aggregate_packed(indptr, indices, schedule, x, 8, m, 40, signed, "acc", *NOTHING))
     for result in results[1:]:
         assert_bitwise(result, results[0])
 
@@ -274,8 +279,8 @@ def test_offsets_beyond_31_bits():
     x = torch.from_numpy(np.zeros((m, f), dtype=np.uint8))
     x[-1], x[-2] = 3, 5
     indptr, indices = torch.tensor([0, 2], dtype=torch.int32), torch.tensor([m - 1, m - 2], dtype=torch.int32)
-    none = (None, None, None, False, None, None, None, [0] * 5, True)
-    acc = ops.aggregate_packed(indptr, indices, list(build_schedule(indptr)), x.view(-1), 8, m, f, False, "acc", *none)
+    schedule = list(build_schedule(indptr))
+    acc = ops.aggregate_packed(indptr, indices, schedule, x.view(-1), 8, m, f, False, "acc", *NOTHING)
     assert acc.tolist() == [[8] * f]
 
 
@@ -297,14 +302,13 @@ def test_threads_agree(name, threads):
         packing.pack_reference(codes, pos, counts),
         packing.pack_reference(codes, None, packing.uniform_counts(n, 4)),
     )
-    none = (None, None, None, False, None, None, None, [0] * 5, True)
 
     def everything():
         results = [t for r in REDUCTIONS for t in ops.aggregate(indptr, indices, schedule, x, weight, r)]
         arg = results[-1]
         results.append(ops.aggregate_arg_backward(*by_source, grad, arg, weight))
         results += [ops.edge_dot(rows, indices, x, grad, None), ops.edge_dot(rows, indices, x, grad, arg)]
-        results.append(ops.aggregate_packed(indptr, indices, schedule, four, 4, n, f, True, "acc", *none))
+        results.append(ops.aggregate_packed(indptr, indices, schedule, four, 4, n, f, True, "acc", *NOTHING))
         results.append(
             ops.aggregate_rows(
                 indptr, indices, schedule, mixed, pos, counts, f, True, x[:, 0].abs(), weight, None, None, True
@@ -354,8 +358,8 @@ def every_op(device):
     yield ops.aggregate_arg_backward, (*by_source, grad, arg, weight)
     yield ops.edge_dot, (rows, indices, x, grad, None)
     yield ops.edge_dot, (rows, indices, x, grad, arg)
-    for output, epilogue, requantize in packed_outputs(n, f, device, True):
-        yield ops.aggregate_packed, (*head, four, 4, m, f, True, output, *epilogue, *requantize)
+    for output, tail in packed_outputs(n, m, f, device, True):
+        yield ops.aggregate_packed, (*head, four, 4, m, f, True, output, *tail)
     step = torch.ones(m, device=device)
     yield ops.aggregate_rows, (*head, mixed, pos, counts, f, True, step, weight, None, None, True)
 

@@ -62,7 +62,7 @@ def test_quantizers_read_16_bytes_at_once(target):
 
 WITHOUT_HUBS = """
 import torch
-from qgnn.kernels.gpu import aggregate, aggregate_extreme, aggregate_packed
+from qgnn.kernels.gpu import aggregate, aggregate_extreme, aggregate_packed, attention_packed
 from qgnn.kernels.gpu.common import CompileCase
 from qgnn.kernels.schedule import build_schedule
 from qgnn.perf.static import compile_kernel
@@ -78,13 +78,15 @@ def launch(kernel, grid, num_warps, enable_fp_fusion, **arguments):
     compile_kernel(case, "sm_90")
     print(kernel.__name__)
 
-for module in (aggregate, aggregate_extreme, aggregate_packed):
+for module in (aggregate, aggregate_extreme, aggregate_packed, attention_packed):
     module.launch = launch
 indptr, indices, x = torch.tensor([0, 2, 3], dtype=torch.int32), torch.zeros(3, dtype=torch.int32), torch.ones(2, 16)
 graph = indptr, indices, build_schedule(indptr)
 aggregate.aggregate(*graph, x, None, "sum")
 aggregate.aggregate(*graph, x, None, "max")
-aggregate.aggregate_packed(*graph, torch.zeros(32, dtype=torch.uint8), 8, 2, 16, True, "acc", *[None] * 3, False, *[None] * 3, (), True)
+aggregate.aggregate_packed(*graph, torch.zeros(32, dtype=torch.uint8), 8, 2, 16, True, "acc", *[None] * 5, False, *[None] * 5, (), True)
+codes = torch.zeros(32, dtype=torch.uint8), 8, 2, 2, 8, x[:, :2], x[:, 2:4]
+attention_packed.gat_packed(*graph, *codes, 0.2, "float", *[None] * 3, False, *[None] * 5, (), True)
 """
 
 
@@ -94,7 +96,7 @@ def test_a_graph_without_hubs_compiles():
     finished = subprocess.run(
         [sys.executable, "-c", WITHOUT_HUBS], env=environment, capture_output=True, text=True, check=False
     )
-    names = ["_aggregate_sum_kernel", "_aggregate_extreme_kernel", "_aggregate_packed_kernel"]
+    names = ["_aggregate_sum_kernel", "_aggregate_extreme_kernel", "_aggregate_packed_kernel", "_gat_packed_kernel"]
     assert finished.stdout.split() == names, finished.stderr
 
 

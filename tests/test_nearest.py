@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qgnn import ops
-from qgnn.kernels import nearest
+from qgnn.kernels import nearest, packing
 from qgnn.kernels.quantize import (
     codes_reference,
     derivatives_reference,
@@ -138,6 +138,33 @@ def check_fused(x, step, bits, q_max, signed):
     assert_bitwise(actual[1], clip, "clip bits")
 
 
+def check_packed(x, step, bits, q_max, signed, container):
+    """Finite rows: the group search, and the codes of each row in the one container, whose bits above are dropped."""
+    x, (bounds, order) = x.nan_to_num(nan=0.5, posinf=3e4, neginf=-3e4), nearest.group_table(q_max)
+    data, row_step, group = nearest.quantize_nearest(x, bounds, order, step, bits, signed, container)
+    expected = nearest.fake_quantize_nearest_reference(x, bounds, order, step, bits, signed)[2]
+    assert_bitwise(group, expected, "group")
+    assert_bitwise(row_step, step[expected], "row_step")
+    codes, _ = codes_reference(x, step[expected], bits[expected], True, signed)
+    counts = packing.uniform_counts(x.size(0), container)
+    assert_bitwise(data, packing.pack_reference(codes, None, counts), "data")
+    reference = nearest.quantize_nearest_reference(x, bounds, order, step, bits, signed, container)
+    for a, b in zip((data, row_step, group), reference, strict=True):
+        assert_bitwise(a, b, "reference")
+
+
+@both_signs
+@pytest.mark.parametrize("container", [0, 1, 2, 4, 8])
+def test_quantize_nearest(backend, signed, container):
+    for n, f in SHAPES if container == 4 else [(9, 16), (70, 33), (3, 600)]:
+        check_packed(*problem(n, f, 5, signed, backend), signed, container)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_quantize_nearest_in_half_precision(backend, dtype):
+    check_packed(*problem(9, 33, 1000, True, backend, dtype), True, 8)
+
+
 def test_nan_stays_nan(backend):
     x = torch.tensor([[torch.nan, 7.0], [-torch.nan, -0.1], [torch.inf, 1.0]], device=backend)
     out, group = ops.fake_quantize_nearest(
@@ -163,12 +190,14 @@ def test_threads_and_runs_agree(threads):
         threads(count)
         for a, e in zip(nearest.fake_quantize_nearest(x, *table, step, bits, True), expected, strict=True):
             assert_bitwise(a, e)
+        check_packed(x, step, bits, q_max, True, 8)
 
 
 @settings(max_examples=15, deadline=None, derandomize=True)
 @given(st.integers(0, 140), st.integers(0, 40), st.integers(1, 70), st.booleans(), st.integers(0, 2**16))
 def test_any_shape(n, f, m, signed, seed):
     check_fused(*problem(n, f, m, signed, seed=seed), signed)
+    check_packed(*problem(n, f, m, signed, seed=seed), signed, (1, 2, 4, 8)[seed % 4])
 
 
 @pytest.mark.parametrize(("n", "m"), [(0, 3), (1, 1), (700, 1), (700, 40), (2500, 3)])
@@ -351,6 +380,7 @@ def every_op(device):
     return [
         (nearest.nearest_group, (x.abs().amax(1), *table)),
         (nearest.fake_quantize_nearest, (x, *table, step, bits, True)),
+        (nearest.quantize_nearest, (x, *table, step, bits, True, 8)),
         (nearest.group_sums, (group, x[:, 0], x[:, 1], 5)),
     ]
 

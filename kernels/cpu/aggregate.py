@@ -11,8 +11,10 @@ from torch import Tensor
 
 from ..packing import row_bytes, uniform_counts
 from .aggregate_extreme import aggregate_arg_backward, run_extreme
-from .aggregate_packed import aggregate_packed
+from .aggregate_packed import SUMS, aggregate_packed
 from .common import (
+    NO_HUBS,
+    PAST_CACHE_BYTES,
     Array,
     array,
     as_computed,
@@ -29,116 +31,93 @@ from .common import (
     sum_kernel,
     unpack_row,
 )
-from .gather import AHEAD, sum_1, sum_2, sum_4, sum_8, sum_16, sum_32, sum_64, sum_128
-from .plan import Plan
+from .gather import AHEAD, drain, stream_row, sum_row
+from .memory import empty
+from .plan import plan_of
 
 __all__ = ["aggregate", "aggregate_arg_backward", "aggregate_packed", "aggregate_rows", "edge_dot"]
 
 
 @inlined
-def _sum_row(first, last, indices, x, step, weight, out, i):
-    """``out[i]`` = sum of ``weight[e] * step[source] * x[source]`` over the edges ``first`` to ``last``, in their
-    order."""
-    f = x.shape[1]
-    k = 0
-    while k + 128 <= f:
-        sum_128(indices, first, last, x, k, step, weight, out, i)
-        k += 128
-    if f & 64:
-        sum_64(indices, first, last, x, k, step, weight, out, i)
-        k += 64
-    if f & 32:
-        sum_32(indices, first, last, x, k, step, weight, out, i)
-        k += 32
-    if f & 16:
-        sum_16(indices, first, last, x, k, step, weight, out, i)
-        k += 16
-    if f & 8:
-        sum_8(indices, first, last, x, k, step, weight, out, i)
-        k += 8
-    if f & 4:
-        sum_4(indices, first, last, x, k, step, weight, out, i)
-        k += 4
-    if f & 2:
-        sum_2(indices, first, last, x, k, step, weight, out, i)
-        k += 2
-    if f & 1:
-        sum_1(indices, first, last, x, k, step, weight, out, i)
-
-
-@inlined
-def _finish_sum(i, degree, mean, row_scale, bias, relu, out):
-    f = out.shape[1]
+def _finish_sum(i, degree, mean, row_scale, bias, relu, values):
+    f, number = values.shape[1], values.dtype.type
     if mean:
-        scale = out.dtype.type(1) / out.dtype.type(max(degree, 1))
+        scale = number(1) / number(max(degree, 1))
         for k in range(f):
-            out[i, k] *= scale
+            values[0, k] *= scale
     if row_scale.size:
         for k in range(f):
-            out[i, k] *= row_scale[i]
+            values[0, k] *= row_scale[i]
     if bias.size:
         for k in range(f):
-            out[i, k] += bias[k]
+            values[0, k] += bias[k]
     if relu:
         for k in range(f):
-            out[i, k] = out.dtype.type(0) if out[i, k] < 0 else out[i, k]
+            values[0, k] = number(0) if values[0, k] < 0 else values[0, k]
 
 
 @kernel
-def _sum(lo, hi, indptr, indices, hub, x, step, weight, mean, row_scale, bias, relu, out):
-    for i in range(lo, hi):
+def _sum(lo, hi, indptr, indices, hub, hubs, slots, x, step, weight, mean, row_scale, bias, relu, past_cache, out):
+    """Rows ``lo`` to ``hi``, or, if there are ``hubs``, these from their slots."""
+    values = np.empty((1, out.shape[1]), out.dtype)
+    for u in range(lo, hi):
+        i = np.int64(hubs[u, 0]) if hubs.shape[0] else u
         first, last = indptr[i], indptr[i + 1]
-        if last - first < hub:
-            _sum_row(first, last, indices, x, step, weight, out, i)
-            _finish_sum(i, last - first, mean, row_scale, bias, relu, out)
+        if last - first < hub or hubs.shape[0]:
+            if hubs.shape[0]:
+                for k in range(out.shape[1]):
+                    values[0, k] = 0
+                for slot in range(hubs[u, 1], hubs[u, 1] + hubs[u, 2]):
+                    for k in range(out.shape[1]):
+                        values[0, k] += slots[slot, k]
+            else:
+                sum_row(indices, first, last, x, step, weight, values, 0)
+            _finish_sum(i, last - first, mean, row_scale, bias, relu, values)
+            stream_row(values, 0, out, i, past_cache)
 
 
 @kernel
-def _sum_segments(lo, hi, segments, indices, x, step, weight, slots):
-    for j in range(lo, hi):
-        slot = segments[j, 3]
-        _sum_row(segments[j, 1], segments[j, 2], indices, x, step, weight, slots, slot)
-
-
-@kernel
-def _add_slots(hubs, indptr, slots, mean, row_scale, bias, relu, out):
-    for h in range(hubs.shape[0]):
-        i = hubs[h, 0]
-        out[i] = 0
-        for slot in range(hubs[h, 1], hubs[h, 1] + hubs[h, 2]):
-            for k in range(out.shape[1]):
-                out[i, k] += slots[slot, k]
-        _finish_sum(i, indptr[i + 1] - indptr[i], mean, row_scale, bias, relu, out)
+def _run_part(
+    part, bounds, cuts, segments, indptr, indices, hub, hubs, slots, x, step, weight, mean, row_scale, bias, relu,
+    past_cache, out,
+):  # fmt: skip
+    for j in range(cuts[part], cuts[part + 1]):
+        sum_row(indices, segments[j, 1], segments[j, 2], x, step, weight, slots, segments[j, 3])
+    _sum(
+        bounds[part], bounds[part + 1], indptr, indices, hub, hubs, slots, x, step, weight, mean, row_scale, bias, relu,
+        past_cache, out,
+    )  # fmt: skip
+    drain()
 
 
 @parallel_kernel
-def _sum_parallel(
-    bounds, cuts, indptr, indices, hub, segments, x, step, weight, mean, row_scale, bias, relu, out, slots
+def _run_parallel(
+    bounds, cuts, segments, indptr, indices, hub, hubs, slots, x, step, weight, mean, row_scale, bias, relu,
+    past_cache, out,
 ):  # fmt: skip
-    for part in numba.prange(bounds.size - 1):
-        _sum_segments(cuts[part], cuts[part + 1], segments, indices, x, step, weight, slots)
-        _sum(bounds[part], bounds[part + 1], indptr, indices, hub, x, step, weight, mean, row_scale, bias, relu, out)
+    for part in numba.prange(cuts.size - 1):
+        _run_part(
+            part, bounds, cuts, segments, indptr, indices, hub, hubs, slots, x, step, weight, mean, row_scale, bias,
+            relu, past_cache, out,
+        )  # fmt: skip
 
 
 def _run_sum(
     indptr: Tensor, indices: Tensor, schedule: Sequence[Tensor], x: Array, step: Array | None, weight: Array | None,
     mean: bool, row_scale: Array, bias: Array, relu: bool, out: Array,
 ) -> None:  # fmt: skip
-    plan = Plan(indptr, indices, schedule, x.shape[1])
+    plan = plan_of(indptr, indices, schedule)
     slots = np.empty((plan.slots, x.shape[1]), out.dtype)
-    if plan.parts > 1:
-        cuts = even_bounds(plan.segments.shape[0], plan.parts)
+    tail = (slots, x, step, weight, mean, row_scale, bias, relu, out.nbytes >= PAST_CACHE_BYTES, out)
+    parts = parts_for(plan.edges * x.shape[1] // SUMS)
+    work, common = plan.work(parts), (plan.indptr, plan.indices, plan.hub)
+    if parts > 1:
         with parallel_lock:
-            _sum_parallel(
-                plan.row_bounds(), cuts, plan.indptr, plan.indices, plan.hub, plan.segments, x, step, weight, mean,
-                row_scale, bias, relu, out, slots,
-            )  # fmt: skip
+            _run_parallel(*work, plan.segments, *common, NO_HUBS, *tail)
     else:
-        if plan.slots:
-            _sum_segments(0, plan.segments.shape[0], plan.segments, plan.indices, x, step, weight, slots)
-        _sum(0, plan.n, plan.indptr, plan.indices, plan.hub, x, step, weight, mean, row_scale, bias, relu, out)
+        _run_part(0, *work, plan.segments, *common, NO_HUBS, *tail)
     if plan.slots:
-        _add_slots(plan.hubs, plan.indptr, slots, mean, row_scale, bias, relu, out)
+        _sum(0, plan.hubs.shape[0], *common, plan.hubs, *tail)
 
 
 def aggregate(
@@ -147,7 +126,7 @@ def aggregate(
     """Sum, mean, max or min of the neighbours' rows."""
     wide = as_computed(x)
     source, scale = array(wide), optional(weight, wide.dtype)
-    out = torch.empty(indptr.numel() - 1, x.size(1), dtype=wide.dtype)
+    out = empty((indptr.numel() - 1, x.size(1)), wide.dtype)
     if reduce in ("sum", "mean"):
         nothing = np.empty(0, source.dtype)
         factor = None if weight is None else scale
@@ -235,7 +214,7 @@ def aggregate_rows(
                 _unpack_parallel(even_bounds(sources, parts), *arguments)
         else:
             _unpack(0, sources, *arguments)
-    out = torch.empty(indptr.numel() - 1, features, dtype=torch.float32)
+    out = empty((indptr.numel() - 1, features), torch.float32)
     _run_sum(
         indptr, indices, schedule, codes, array(step), None if weight is None else array(weight), False,
         optional(row_scale, torch.float32), optional(bias, torch.float32), relu, out.numpy(),

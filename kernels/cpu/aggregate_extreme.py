@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .common import Array, array, as_computed, kernel, optional, parallel_kernel, parallel_lock, parts_for, prefetch
 from .gather import AHEAD
-from .plan import Plan, split_rows
+from .plan import plan_of, split_rows
 
 
 @kernel
@@ -64,11 +64,12 @@ def run_extreme(
     arg: Array,
 ) -> None:
     """Writes ``out`` and ``arg`` of max (``largest``) or min."""
-    plan = Plan(indptr, indices, schedule, x.shape[1])
+    plan = plan_of(indptr, indices, schedule)
     arguments = (plan.indptr, plan.indices, x, weight, largest, out, arg)
-    if plan.parts > 1:
+    parts = parts_for(plan.edges * x.shape[1])
+    if parts > 1:
         # A hub stays with one thread: the first of equals is the same whoever finds it, and no slots are needed.
-        bounds = split_rows(plan.indptr, plan.parts, indices.numel() + 1)
+        bounds = split_rows(plan.indptr, parts, indices.numel() + 1)
         with parallel_lock:
             _extreme_parallel(bounds, *arguments)
     else:

@@ -6,65 +6,36 @@ all of them. A row is summed by one thread, in the order of its edges.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numba
 import numpy as np
 import torch
 from torch import Tensor
 
-from .attention_rows import dot_head, exponentials, sum_heads
-from .common import Array, array, as_computed, inlined, kernel, parallel_kernel, parallel_lock, parts_for
-from .plan import split_rows
+from .attention_packed import attention_scores, gat_packed
+from .attention_rows import (
+    TILE,
+    dot_head,
+    exponentials,
+    row_scores,
+    row_shift,
+    row_top,
+    row_total,
+    run,
+    score,
+    sum_heads,
+)
+from .common import Array, array, as_computed, kernel, parallel_kernel
 
-TILE = 64
-"""Rows of a tile: at 8 edges a row and 8 heads their scores fill 16 KB, a part of the L1 cache."""
-
-
-@inlined
-def _score(e, h, i, j, src, dst, edge_score):
-    raw = src[j, h] + dst[i, h]
-    return raw + edge_score[e, h] if edge_score.size else raw
-
-
-@inlined
-def _row_scores(first, last, i, indices, src, dst, edge_score, slope, scratch):
-    zero = scratch.dtype.type(0)
-    for e in range(first, last):
-        j = indices[e]
-        for h in range(scratch.shape[1]):
-            raw = _score(e, h, i, j, src, dst, edge_score)
-            scratch[e, h] = raw if raw > zero else slope * raw
-
-
-@inlined
-def _row_top(first, last, i, lowest, scratch, top):
-    """``top[i]``: the largest scores of the row, NaN left out."""
-    for h in range(scratch.shape[1]):
-        top[i, h] = lowest
-    for e in range(first, last):
-        for h in range(scratch.shape[1]):
-            top[i, h] = scratch[e, h] if scratch[e, h] > top[i, h] else top[i, h]
-
-
-@inlined
-def _row_shift(first, last, i, scratch, top):
-    for e in range(first, last):
-        for h in range(scratch.shape[1]):
-            scratch[e, h] -= top[i, h]
-
-
-@inlined
-def _row_total(first, last, i, scratch, total):
-    one = scratch.dtype.type(1)
-    for h in range(scratch.shape[1]):
-        total[i, h] = 0
-    for e in range(first, last):
-        for h in range(scratch.shape[1]):
-            total[i, h] += scratch[e, h]
-    for h in range(scratch.shape[1]):
-        total[i, h] = one if total[i, h] == 0 else total[i, h]
+__all__ = [
+    "attention_scores",
+    "edge_softmax",
+    "edge_softmax_backward",
+    "gat_aggregate",
+    "gat_backward",
+    "gat_packed",
+]
 
 
 @kernel
@@ -74,11 +45,11 @@ def _softmax(lo, hi, indptr, lowest, scores, flat, top, total):
     for start in range(lo, hi, TILE):
         stop = min(start + TILE, hi)
         for i in range(start, stop):
-            _row_top(indptr[i], indptr[i + 1], i, lowest, scores, top)
-            _row_shift(indptr[i], indptr[i + 1], i, scores, top)
+            row_top(indptr[i], indptr[i + 1], i, lowest, scores, top)
+            row_shift(indptr[i], indptr[i + 1], i, scores, top)
         exponentials(flat, indptr[start] * heads, indptr[stop] * heads)
         for i in range(start, stop):
-            _row_total(indptr[i], indptr[i + 1], i, scores, total)
+            row_total(indptr[i], indptr[i + 1], i, scores, total)
             for e in range(indptr[i], indptr[i + 1]):
                 for h in range(heads):
                     scores[e, h] /= total[i, h]
@@ -118,13 +89,13 @@ def _gat(lo, hi, indptr, indices, lowest, x, src, dst, edge_score, scale, slope,
     for start in range(lo, hi, TILE):
         stop = min(start + TILE, hi)
         for i in range(start, stop):
-            _row_scores(indptr[i], indptr[i + 1], i, indices, src, dst, edge_score, slope, scratch)
-            _row_top(indptr[i], indptr[i + 1], i, lowest, scratch, top)
-            _row_shift(indptr[i], indptr[i + 1], i, scratch, top)
+            row_scores(indptr[i], indptr[i + 1], i, indices, src, dst, edge_score, slope, scratch)
+            row_top(indptr[i], indptr[i + 1], i, lowest, scratch, top)
+            row_shift(indptr[i], indptr[i + 1], i, scratch, top)
         exponentials(flat, indptr[start] * heads, indptr[stop] * heads)
         for i in range(start, stop):
             first, last = indptr[i], indptr[i + 1]
-            _row_total(first, last, i, scratch, total)
+            row_total(first, last, i, scratch, total)
             if scale.size:
                 for e in range(first, last):
                     for h in range(heads):
@@ -158,8 +129,8 @@ def _gat_edges_bwd(
     for start in range(lo, hi, TILE):
         stop = min(start + TILE, hi)
         for i in range(start, stop):
-            _row_scores(indptr[i], indptr[i + 1], i, indices, src, dst, edge_score, slope, scratch)
-            _row_shift(indptr[i], indptr[i + 1], i, scratch, top)
+            row_scores(indptr[i], indptr[i + 1], i, indices, src, dst, edge_score, slope, scratch)
+            row_shift(indptr[i], indptr[i + 1], i, scratch, top)
         exponentials(flat, indptr[start] * heads, indptr[stop] * heads)
         for i in range(start, stop):
             for h in range(heads):
@@ -172,7 +143,7 @@ def _gat_edges_bwd(
                     alpha = scratch[e, h] * share[h]
                     factor = scale[e, h] if scale.size else one
                     d = alpha * (factor * dot_head(x, j, grad, i, h, channels) - inner[h])
-                    d = d if _score(e, h, i, j, src, dst, edge_score) > zero else slope * d
+                    d = d if score(e, h, i, j, src, dst, edge_score) > zero else slope * d
                     draw[e, h] = d
                     grad_dst[i, h] += d
                     scratch[e, h] = alpha * factor
@@ -209,17 +180,6 @@ def _gat_sources_bwd_parallel(bounds, indptr, targets, edges, grad, weight, draw
         _gat_sources_bwd(bounds[part], bounds[part + 1], indptr, targets, edges, grad, weight, draw, grad_x, grad_src)
 
 
-def _run(serial: Callable[..., Any], parallel: Callable[..., Any], work: int, indptr: Array, *arguments: Any) -> None:
-    """Runs a kernel over all rows, cut into ranges of equal work. ``work`` is a count of elements."""
-    parts = parts_for(work)
-    if parts > 1:
-        bounds = split_rows(indptr, parts, indptr[-1] + 1)
-        with parallel_lock:
-            parallel(bounds, indptr, *arguments)
-    else:
-        serial(0, indptr.size - 1, indptr, *arguments)
-
-
 def _offsets(indptr: Tensor) -> Array:
     return array(indptr.to(torch.int64))
 
@@ -238,7 +198,7 @@ def edge_softmax(indptr: Tensor, rows: Tensor, schedule: Sequence[Tensor], score
     alpha = array(as_computed(scores)).copy()
     top, total = np.empty((2, indptr.numel() - 1, scores.size(1)), alpha.dtype)
     lowest = np.finfo(alpha.dtype).min
-    _run(_softmax, _softmax_parallel, alpha.size, _offsets(indptr), lowest, alpha, alpha.reshape(-1), top, total)
+    run(_softmax, _softmax_parallel, alpha.size, _offsets(indptr), lowest, alpha, alpha.reshape(-1), top, total)
     return torch.from_numpy(alpha).to(scores.dtype)
 
 
@@ -249,7 +209,7 @@ def edge_softmax_backward(
     out = torch.empty(wide.shape, dtype=wide.dtype)
     inner = np.empty((indptr.numel() - 1, alpha.size(1)), out.numpy().dtype)
     arguments = (array(wide), array(grad.to(wide.dtype)), inner, out.numpy())
-    _run(_softmax_bwd, _softmax_bwd_parallel, alpha.numel(), _offsets(indptr), *arguments)
+    run(_softmax_bwd, _softmax_bwd_parallel, alpha.numel(), _offsets(indptr), *arguments)
     return out.to(alpha.dtype)
 
 
@@ -262,7 +222,7 @@ def gat_aggregate(
     out = torch.empty(n, heads, x.size(2), dtype=dtype)
     top, total = (torch.empty(n, heads, dtype=dtype) for _ in range(2))
     scratch = np.empty((indices.numel(), heads), table.dtype)
-    _run(
+    run(
         _gat, _gat_parallel, indices.numel() * heads * (x.size(2) + 1), _offsets(indptr),
         array(indices), np.finfo(table.dtype).min, table, array(src.to(dtype)), array(dst.to(dtype)), _edge_operand(edge_score, dtype),
         _edge_operand(scale, dtype), table.dtype.type(negative_slope), scratch, scratch.reshape(-1), out.numpy().reshape(n, table.shape[1]),
@@ -280,7 +240,7 @@ def gat_backward(
     draw = torch.empty(indices.numel(), heads, dtype=dtype)
     grad_src, grad_dst = (torch.empty(size, heads, dtype=dtype) for size in (x.size(0), indptr.numel() - 1))
     scratch = np.empty(draw.shape, upstream.dtype)
-    _run(
+    run(
         _gat_edges_bwd, _gat_edges_bwd_parallel, work, _offsets(indptr),
         array(indices), _matrix(x, dtype), upstream, array(src.to(dtype)), array(dst.to(dtype)), _edge_operand(edge_score, dtype),
         _edge_operand(scale, dtype), upstream.dtype.type(negative_slope), _matrix(out, dtype), array(top), array(total), scratch,
@@ -288,7 +248,7 @@ def gat_backward(
     )  # fmt: skip
     grad_x = torch.empty(x.shape, dtype=dtype)
     by_source, targets, edges = transposed[:3]
-    _run(
+    run(
         _gat_sources_bwd, _gat_sources_bwd_parallel, work, _offsets(by_source),
         array(targets), array(edges), upstream, scratch, draw.numpy(), grad_x.numpy().reshape(x.size(0), upstream.shape[1]), grad_src.numpy(),
     )  # fmt: skip

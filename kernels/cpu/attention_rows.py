@@ -1,7 +1,8 @@
-"""What the loops of :mod:`.attention` do with one row: exponentials, sums over edges by head, dot products."""
+"""What the loops of graph attention do with one row: scores, exponentials, sums over edges by head, dot products; and how all rows are run."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -9,8 +10,70 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic, overload
 
-from .common import inlined
-from .gather import WORD, _as_words, _edge_loop, _pointer, _splat
+from .common import Array, inlined, parallel_lock, parts_for, prefetch
+from .gather import AHEAD, WORD, _as_words, _blocks, _edge_loop, _interleave, _pointer, _splat
+from .plan import split_rows
+
+TILE = 64
+"""Rows of a tile: at 8 edges a row and 8 heads their scores fill 16 KB, a part of the L1 cache."""
+
+
+def run(serial: Callable[..., Any], parallel: Callable[..., Any], work: int, indptr: Array, *arguments: Any) -> None:
+    """Runs a kernel over all rows, cut into ranges of equal work. ``work`` is a count of elements."""
+    parts = parts_for(work)
+    if parts > 1:
+        bounds = split_rows(indptr, parts, indptr[-1] + 1)
+        with parallel_lock:
+            parallel(bounds, indptr, *arguments)
+    else:
+        serial(0, indptr.size - 1, indptr, *arguments)
+
+
+@inlined
+def score(e, h, i, j, src, dst, edge_score):
+    raw = src[j, h] + dst[i, h]
+    return raw + edge_score[e, h] if edge_score.size else raw
+
+
+@inlined
+def row_scores(first, last, i, indices, src, dst, edge_score, slope, scratch):
+    zero = scratch.dtype.type(0)
+    for e in range(first, last):
+        j = indices[e]
+        if e + AHEAD < indices.size:
+            prefetch(src, indices[e + AHEAD], 0)
+        for h in range(scratch.shape[1]):
+            raw = score(e, h, i, j, src, dst, edge_score)
+            scratch[e, h] = raw if raw > zero else slope * raw
+
+
+@inlined
+def row_top(first, last, i, lowest, scratch, top):
+    """``top[i]``: the largest scores of the row, NaN left out."""
+    for h in range(scratch.shape[1]):
+        top[i, h] = lowest
+    for e in range(first, last):
+        for h in range(scratch.shape[1]):
+            top[i, h] = scratch[e, h] if scratch[e, h] > top[i, h] else top[i, h]
+
+
+@inlined
+def row_shift(first, last, i, scratch, top):
+    for e in range(first, last):
+        for h in range(scratch.shape[1]):
+            scratch[e, h] -= top[i, h]
+
+
+@inlined
+def row_total(first, last, i, scratch, total):
+    one = scratch.dtype.type(1)
+    for h in range(scratch.shape[1]):
+        total[i, h] = 0
+    for e in range(first, last):
+        for h in range(scratch.shape[1]):
+            total[i, h] += scratch[e, h]
+    for h in range(scratch.shape[1]):
+        total[i, h] = one if total[i, h] == 0 else total[i, h]
 
 
 @intrinsic
@@ -94,6 +157,46 @@ def _head_sum(width: int) -> Any:
     return head_sum
 
 
+def _head_codes(container: int) -> Any:
+    lanes, word = 8 // container, ir.IntType(32)
+
+    @intrinsic
+    def head_codes(typingctx, indices, first, last, table, begin, size, weight, head, out):
+        """``out[0]`` = sums over the edges, in their order, of ``weight[e, head]`` times the signed codes in the bytes ``begin`` to
+        ``begin + size`` of ``table[indices[e]]``."""
+        signature = types.void(indices, first, last, table, begin, size, weight, head, out)
+
+        def codegen(context, builder, signature, args):
+            kinds = signature.args
+            args = _as_words(context, builder, kinds, args)
+
+            def block(width, column):
+                vector, words = ir.VectorType(ir.FloatType(), width), ir.VectorType(word, width)
+
+                def body(edge, source, loaded, sums):
+                    factor = builder.load(_pointer(context, builder, kinds[6], args[6], edge, args[7]))
+                    factor, loaded, new = _splat(builder, factor, width), builder.zext(loaded, words), []
+                    for lane, total in enumerate(sums):
+                        code = builder.shl(loaded, ir.Constant(words, [32 - container * (lane + 1)] * width))
+                        code = builder.ashr(code, ir.Constant(words, [32 - container] * width))
+                        term = builder.fmul(builder.sitofp(code, vector), factor, flags=("contract",))
+                        new.append(builder.fadd(total, term, flags=("contract",)))
+                    return new
+
+                start = [ir.Constant(vector, [ir.Constant(ir.FloatType(), 0.0)] * width)] * lanes
+                operands = [*args[:4], builder.add(args[4], column)]
+                result = _interleave(builder, _edge_loop(context, builder, width, kinds, operands, start, body))
+                address = _pointer(context, builder, kinds[8], args[8], WORD(0), builder.mul(column, WORD(lanes)))
+                builder.store(result, builder.bitcast(address, result.type.as_pointer()), align=1)
+
+            _blocks(builder, args[5], 64 // lanes, block)
+            return context.get_dummy_value()
+
+        return signature, codegen
+
+    return head_codes
+
+
 def _dot(width: int) -> Any:
     @intrinsic
     def dot(typingctx, a, i, b, j, column):
@@ -123,6 +226,7 @@ def _dot(width: int) -> Any:
 
 
 _sum_64, _sum_32, _sum_16, _sum_8, _sum_4, _sum_2, _sum_1 = (_head_sum(width) for width in (64, 32, 16, 8, 4, 2, 1))
+_codes_8, _codes_4, _codes_2, _codes_1 = (_head_codes(container) for container in (8, 4, 2, 1))
 _dot_64, _dot_16, _dot_8, _dot_4, _dot_1 = (_dot(width) for width in (64, 16, 8, 4, 1))
 
 
@@ -153,6 +257,25 @@ def sum_heads(first, last, indices, table, weight, edges, channels, out, i):
             k += 2
         if channels & 1:
             _sum_1(indices, first, last, table, k, weight, edges, head, out, i)
+
+
+@inlined
+def sum_head_codes(first, last, indices, table, container, weight, head, channels, part, out):
+    """``out[0]``, the channels of ``head``: sums over the edges ``first`` to ``last`` of ``weight[e, head]`` times the signed codes of
+    ``indices[e]``. ``part`` is scratch for whole bytes of codes, whose first and last may belong to other heads."""
+    begin = head * channels * container // 8
+    size = ((head + 1) * channels * container + 7) // 8 - begin
+    if container == 8:
+        _codes_8(indices, first, last, table, begin, size, weight, head, part)
+    elif container == 4:
+        _codes_4(indices, first, last, table, begin, size, weight, head, part)
+    elif container == 2:
+        _codes_2(indices, first, last, table, begin, size, weight, head, part)
+    elif container == 1:
+        _codes_1(indices, first, last, table, begin, size, weight, head, part)
+    skipped = head * channels - begin * 8 // max(container, 1)
+    for k in range(channels):
+        out[0, head * channels + k] = part[0, skipped + k] if container else np.float32(0)
 
 
 @inlined

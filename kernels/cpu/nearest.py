@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numba
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..packing import row_bytes, uniform_counts
 from .common import (
     array,
     as_computed,
     codes_row,
+    empty_packed,
     even_bounds,
     inlined,
     kernel,
     largest_code,
     pack_flags,
+    pack_row,
     parallel_kernel,
     parallel_lock,
     parts_for,
@@ -49,6 +55,19 @@ def _nearest_group(lo, hi, absmax, bounds, order, group):
             group[first + r] = order[places[r]]
 
 
+@inlined
+def _search_rows(first, rows, x, image, magnitude_bits, bounds, tops, places):
+    """Number of bounds below the largest magnitude of each of the ``rows`` rows from ``first``; ``image`` is ``x`` as integers."""
+    for r in range(rows):
+        # Magnitudes are ordered like the integers of their bits, and integers have a vectorised maximum; NaN is above all.
+        top = image.dtype.type(0)
+        for k in range(x.shape[1]):
+            magnitude = image[first + r, k] & magnitude_bits
+            top = magnitude if magnitude > top else top
+        tops[r] = top
+    _search(tops.view(x.dtype), rows, bounds, places)
+
+
 @kernel
 def _fake_quantize(lo, hi, x, image, magnitude_bits, bounds, order, step, bits, signed, out, clip, group):
     n, f = x.shape
@@ -58,14 +77,7 @@ def _fake_quantize(lo, hi, x, image, magnitude_bits, bounds, order, step, bits, 
     for block in range(lo, hi):
         first = block * BLOCK
         rows = min(BLOCK, n - first)
-        for r in range(rows):
-            # Magnitudes are ordered like the integers of their bits, and integers have a vectorised maximum; NaN is above all.
-            top = image.dtype.type(0)
-            for k in range(f):
-                magnitude = image[first + r, k] & magnitude_bits
-                top = magnitude if magnitude > top else top
-            tops[r] = top
-        _search(tops.view(x.dtype), rows, bounds, places)
+        _search_rows(first, rows, x, image, magnitude_bits, bounds, tops, places)
         for r in range(rows):
             i, j = first + r, order[places[r]]
             group[i] = j
@@ -89,6 +101,40 @@ def _fake_quantize_parallel(cuts, x, image, magnitude_bits, bounds, order, step,
 
 
 @kernel
+def _quantize(
+    lo, hi, x, image, magnitude_bits, bounds, order, step, bits, signed, container, stride, data, row_step, group
+):
+    n, f = x.shape
+    s, q = np.empty(f, x.dtype), np.empty(f, x.dtype)
+    codes, clipped = np.empty(f, np.int32), np.empty(f, np.uint8)
+    tops, places = np.empty(BLOCK, image.dtype), np.empty(BLOCK, np.uint64)
+    for block in range(lo, hi):
+        first = block * BLOCK
+        rows = min(BLOCK, n - first)
+        _search_rows(first, rows, x, image, magnitude_bits, bounds, tops, places)
+        for r in range(rows):
+            i, j = first + r, order[places[r]]
+            group[i] = j
+            row_step[i] = step[j]
+            largest = largest_code(bits[j], signed)
+            for k in range(f):
+                s[k] = step[j]
+                q[k] = largest
+            codes_row(x, i, s, q, signed, codes, clipped)
+            pack_row(codes, f, container, data, i * stride, stride)
+
+
+@parallel_kernel
+def _quantize_parallel(
+    cuts, x, image, magnitude_bits, bounds, order, step, bits, signed, container, stride, data, row_step, group
+):
+    for part in numba.prange(cuts.size - 1):
+        _quantize(
+            cuts[part], cuts[part + 1], x, image, magnitude_bits, bounds, order, step, bits, signed, container, stride, data, row_step, group
+        )  # fmt: skip
+
+
+@kernel
 def _group_sums(group, a, b, sum_a, sum_b):
     """In the order of the rows, whatever the threads."""
     for i in range(group.size):
@@ -107,23 +153,45 @@ def fake_quantize_nearest(
     x: Tensor, bounds: Tensor, order: Tensor, step: Tensor, bits: Tensor, signed: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Quantized values, clip bits, and the group of every row."""
-    wide, (n, f) = as_computed(x), x.shape
-    out, clip = torch.empty(x.shape, dtype=wide.dtype), torch.empty(n, (f + 7) // 8, dtype=torch.uint8)
-    group = torch.empty(n, dtype=torch.int64)
-    view = array(wide)
+    out = torch.empty(x.shape, dtype=as_computed(x[:0]).dtype)
+    clip = torch.empty(x.size(0), (x.size(1) + 7) // 8, dtype=torch.uint8)
+    group = torch.empty(x.size(0), dtype=torch.int64)
+    _run(
+        _fake_quantize, _fake_quantize_parallel, x, bounds, order, step, bits, signed, out.numpy(), clip.numpy(), group.numpy()
+    )  # fmt: skip
+    return out.to(x.dtype), clip, group
+
+
+def quantize_nearest(
+    x: Tensor, bounds: Tensor, order: Tensor, step: Tensor, bits: Tensor, signed: bool, container: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Packed codes, and the step and the group of every row."""
+    n, f = x.shape
+    data = empty_packed(uniform_counts(n, container), f)
+    row_step, group = torch.empty(n, dtype=torch.float32), torch.empty(n, dtype=torch.int64)
+    _run(
+        _quantize, _quantize_parallel, x, bounds, order, step, bits, signed, container, row_bytes(container, f), data.numpy(), row_step.numpy(),
+        group.numpy(),
+    )  # fmt: skip
+    return data, row_step, group
+
+
+def _run(
+    serial: Callable[..., Any], parallel: Callable[..., Any], x: Tensor, bounds: Tensor, order: Tensor, step: Tensor, bits: Tensor, *rest: Any
+) -> None:  # fmt: skip
+    """Runs a kernel over all blocks of rows."""
+    view = array(as_computed(x))
     integer = np.int64 if view.dtype == np.float64 else np.int32
     arguments = (
-        view, view.view(integer), integer(np.iinfo(integer).max), array(bounds), array(order), array(step), array(bits),
-        signed, out.numpy(), clip.numpy(), group.numpy(),
+        view, view.view(integer), integer(np.iinfo(integer).max), array(bounds), array(order), array(step), array(bits), *rest
     )  # fmt: skip
-    blocks = -(-n // BLOCK)
+    blocks = -(-x.size(0) // BLOCK)
     parts = min(parts_for(x.numel()), blocks)
     if parts > 1:
         with parallel_lock:
-            _fake_quantize_parallel(even_bounds(blocks, parts), *arguments)
+            parallel(even_bounds(blocks, parts), *arguments)
     else:
-        _fake_quantize(0, blocks, *arguments)
-    return out.to(x.dtype), clip, group
+        serial(0, blocks, *arguments)
 
 
 def group_sums(group: Tensor, a: Tensor, b: Tensor, groups: int) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""The rows and the segments of one aggregation, cut into ranges of equal work.
+"""The rows and the segments of a graph, cut into ranges of equal work.
 
 Rows run in their natural order, each summed in the order of its edges. Only the hubs of the schedule are taken out:
 their segments run apart, each into a slot, and the slots are added in order. So the sums do not depend on the number of
@@ -7,14 +7,16 @@ threads.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .common import Array, array, kernel, parts_for
+from .common import Array, array, even_bounds, kernel
 
 
 @kernel
@@ -37,13 +39,29 @@ def split_rows(indptr, parts, hub):
     return bounds
 
 
-class Plan:
-    """The rows and the segments of one call, cut into ranges."""
+class Work(NamedTuple):
+    """Of every thread: thread ``t`` runs the segments ``cuts[t]`` to ``cuts[t + 1]``, and the rows ``bounds[t]`` to ``bounds[t + 1]``."""
 
-    def __init__(self, indptr: Tensor, indices: Tensor, schedule: Sequence[Tensor], features: int) -> None:
-        self.indptr: Array = array(indptr.to(torch.int64))  # kernels are compiled for one type of offset
+    bounds: NDArray[np.int64]
+    cuts: NDArray[np.int64]
+
+
+class Plan:
+    """What the kernels need to know of a graph.
+
+    Attributes:
+        n: rows.
+        indptr, indices: as arrays, offsets in int64, for which the kernels are compiled.
+        hub: edges from which a row is a hub.
+        hubs: int64 ``[H, 3]``, row, first slot, slots.
+        segments: int64 ``[S, 5]``, those of the hubs.
+        slots: partial results of hubs.
+    """
+
+    def __init__(self, indptr: Tensor, indices: Tensor, schedule: Sequence[Tensor]) -> None:
+        self.n, self.edges = indptr.numel() - 1, indices.numel()
+        self.indptr: Array = array(indptr.to(torch.int64))
         self.indices: Array = array(indices)
-        self.n = indptr.numel() - 1
         self.hubs: Array = array(schedule[2].to(torch.int64))
         if self.hubs.shape[0]:
             row = self.hubs[-1, 0]  # the smallest: hubs stand in order of falling degree
@@ -52,10 +70,31 @@ class Plan:
             self.segments = segments[segments[:, 3] >= 0]
             self.slots = int(self.hubs[-1, 1] + self.hubs[-1, 2])
         else:
-            self.hub = indices.numel() + 1
+            self.hub = self.edges + 1
             self.segments = np.empty((0, 5), np.int64)
             self.slots = 0
-        self.parts = parts_for(indices.numel() * features)
+        self._work: dict[int, Work] = {}
 
-    def row_bounds(self) -> NDArray[np.int64]:
-        return split_rows(self.indptr, self.parts, self.hub)
+    def work(self, threads: int) -> Work:
+        known = self._work.get(threads)
+        if known is None:
+            bounds = split_rows(self.indptr, threads, self.hub)
+            known = self._work[threads] = Work(bounds, even_bounds(self.segments.shape[0], threads))
+        return known
+
+
+_plans: dict[int, tuple[weakref.ref[Tensor], tuple[Any, ...], Plan]] = {}
+
+
+def plan_of(indptr: Tensor, indices: Tensor, schedule: Sequence[Tensor]) -> Plan:
+    """The plan of a graph, remembered until one of its tensors changes, or ``indptr`` dies."""
+    tensors = (indptr, indices, schedule[1], schedule[2])
+    if indptr.is_inference():  # it has no version, so a change in place could not be seen
+        return Plan(indptr, indices, schedule)
+    place = id(indptr)
+    key = tuple([(t.data_ptr(), t._version) for t in tensors])
+    known = _plans.get(place)
+    if known is None or known[0]() is not indptr or known[1] != key:
+        known = (weakref.ref(indptr, lambda _: _plans.pop(place, None)), key, Plan(indptr, indices, schedule))
+        _plans[place] = known
+    return known[2]

@@ -11,25 +11,24 @@ Worked example, 4-bit codes: the word 0x000000F1 holds the codes 1, -1, 0 ... Wi
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..packing import bucket_starts, row_bytes
-from .common import (
-    EXACT,
-    LAYOUT_FIRSTS,
-    LAYOUT_SIGNATURE,
-    CompileCase,
-    _codes,
-    _largest_code,
-    _store_codes,
-    launch,
-    layout_arguments,
+from ..packing import empty_output, row_bytes
+from .common import EXACT, OUT_FIRSTS, CompileCase, _load_codes, launch
+from .epilogue import (
+    OUTPUT_SIGNATURE,
+    PLAIN,
+    _clear_tails,
+    _epilogue,
+    _store_output,
+    output_arguments,
+    padded_features,
 )
-from .epilogue import _clear_tails, _epilogue, has_tails, padded_features
 from .segments import (
     SCHEDULE_SIGNATURE,
     _last_to_arrive,
@@ -40,6 +39,7 @@ from .segments import (
     dense,
     grid,
     schedule_arguments,
+    without_edges,
     workspace,
 )
 
@@ -101,27 +101,28 @@ def _ordered(b_fields, LANES: tl.constexpr, FIELDS: tl.constexpr):
 
 @triton.jit
 def _store_tile(
-    p_out, p_row_scale, p_col_scale, p_bias, p_step, p_bits, p_pos, b_acc, b_row, m_row, o_f, m_f, F,
+    p_out, p_own, p_row_scale, p_self_scale, p_col_scale, p_bias, p_addend, p_post_scale, p_post_shift, p_step, p_bits, p_pos,
+    b_acc, b_row, m_row, o_f, m_f, F, stride_own,
     first_4, first_2, first_1, first_0, start_4, start_2, start_1, stride_8, stride_4, stride_2, stride_1,
-    OUTPUT: tl.constexpr, OUT_CONTAINER: tl.constexpr, OUT_SIGNED: tl.constexpr, RELU: tl.constexpr,
+    CONTAINER: tl.constexpr, SIGNED: tl.constexpr, OUTPUT: tl.constexpr, OUT_CONTAINER: tl.constexpr, OUT_SIGNED: tl.constexpr, RELU: tl.constexpr,
 ):  # fmt: skip
     """The sums ``[R, BLOCK_F]`` of the rows ``b_row`` as they are, after the epilogue, or quantized by row and packed."""
-    p_tile = p_out + b_row[:, None] * F + o_f[None, :]
     m_tile = m_row[:, None] & m_f[None, :]
     if OUTPUT == "acc":
-        tl.store(p_tile, b_acc, mask=m_tile)
+        tl.store(p_out + b_row[:, None] * F + o_f[None, :], b_acc, mask=m_tile)
     else:
-        b_v = _epilogue(b_acc, p_row_scale, p_col_scale, p_bias, b_row, m_row, o_f, m_f, RELU)
-        if OUTPUT == "float":
-            tl.store(p_tile, b_v, mask=m_tile)
-        else:
-            b_step = tl.load(p_step + b_row, mask=m_row, other=1)[:, None]
-            b_q = _largest_code(tl.load(p_bits + b_row, mask=m_row, other=0), OUT_SIGNED)[:, None]
-            b_codes = tl.where(m_f[None, :], _codes(b_v, b_step, b_q, OUT_SIGNED), 0)
-            _store_codes(
-                p_out, p_pos, b_codes, b_row, m_row, tl.program_id(1), first_4, first_2, first_1, first_0, start_4, start_2, start_1,
-                stride_8, stride_4, stride_2, stride_1, OUT_CONTAINER,
-            )  # fmt: skip
+        b_own = b_acc
+        if p_self_scale is not None:
+            b_container = b_row.to(tl.int32) * 0 + CONTAINER
+            b_own = _load_codes(p_own, b_container, b_row * stride_own, m_tile, o_f, SIGNED)
+        b_v = _epilogue(
+            b_acc, b_own, p_row_scale, p_self_scale, p_col_scale, p_bias, p_addend, p_post_scale, p_post_shift, b_row, m_row, o_f, m_f, F, RELU
+        )  # fmt: skip
+        _store_output(
+            p_out, p_step, p_bits, p_pos, b_v, b_row, m_row, tl.program_id(1), o_f, m_f, F,
+            first_4, first_2, first_1, first_0, start_4, start_2, start_1, stride_8, stride_4, stride_2, stride_1,
+            OUTPUT, OUT_CONTAINER, OUT_SIGNED,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -172,17 +173,18 @@ def _sum_narrow(
     return _ordered(b_sums, LANES, FIELDS) - BIAS * b_degree[:, None]
 
 
-@triton.jit(do_not_specialize=["R", "S", "size", *LAYOUT_FIRSTS])
+@triton.jit(do_not_specialize=["R", "S", "size", *OUT_FIRSTS])
 def _aggregate_packed_kernel(
     p_out,  # int32 or float32 [N, F], or packed rows
     p_slots,  # [slots, F] int32
     p_arrived,  # [H, blocks] int32
     p_indptr, p_indices, p_order, p_segments, p_hubs,  # [N + 1], [E], [R], [S, 5], [H, 3]
     p_x,  # packed [M, F], bytes or words
-    p_row_scale, p_col_scale, p_bias,  # [N], [F], [F]
+    p_own,  # the same in bytes
+    p_row_scale, p_self_scale, p_col_scale, p_bias, p_addend, p_post_scale, p_post_shift,  # [N], [1], [F], [F], [N, F], [F], [F]
     p_step, p_bits, p_pos,  # [N], of the packed output
-    R, S, F, size, X_VECTORS,
-    first_4, first_2, first_1, first_0, start_4, start_2, start_1, stride_8, stride_4, stride_2, stride_1,
+    R, S, F, size, stride_own, X_VECTORS,
+    out_first_4, out_first_2, out_first_1, out_first_0, out_start_4, out_start_2, out_start_1, out_stride_8, out_stride_4, out_stride_2, out_stride_1,
     VECTOR: tl.constexpr, CONTAINER: tl.constexpr, LANES: tl.constexpr, FIELDS: tl.constexpr, FIELD: tl.constexpr, MASK: tl.constexpr,
     FLIP: tl.constexpr, BIAS: tl.constexpr, FLUSH: tl.constexpr, OUTPUT: tl.constexpr, OUT_CONTAINER: tl.constexpr, OUT_SIGNED: tl.constexpr,
     TAILS: tl.constexpr, RELU: tl.constexpr, UNROLL: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_F: tl.constexpr,
@@ -198,7 +200,8 @@ def _aggregate_packed_kernel(
     if TAILS:
         if (i_tile == 0) & (i_f == 0):
             _clear_tails(
-                p_out, size, first_4, first_2, first_1, first_0, start_4, start_2, start_1, stride_8, stride_4, stride_2, stride_1
+                p_out, size, out_first_4, out_first_2, out_first_1, out_first_0, out_start_4, out_start_2, out_start_1,
+                out_stride_8, out_stride_4, out_stride_2, out_stride_1,
             )  # fmt: skip
     if i_tile < S:
         i_row, i_first, i_end, i_slot, i_hub = _segment(p_segments, i_tile)
@@ -212,11 +215,12 @@ def _aggregate_packed_kernel(
             if complete:
                 b_sum = _sum_of_slots(p_slots, i_from, i_to, tl.zeros((1, BLOCK_F), tl.int32), o_f, m_f, F)
         if complete:
-            b_own = i_row + tl.zeros((1,), tl.int64)
+            b_one = i_row + tl.zeros((1,), tl.int64)
             _store_tile(
-                p_out, p_row_scale, p_col_scale, p_bias, p_step, p_bits, p_pos, b_sum, b_own, b_own >= 0, o_f, m_f, F,
-                first_4, first_2, first_1, first_0, start_4, start_2, start_1, stride_8, stride_4, stride_2, stride_1,
-                OUTPUT, OUT_CONTAINER, OUT_SIGNED, RELU,
+                p_out, p_own, p_row_scale, p_self_scale, p_col_scale, p_bias, p_addend, p_post_scale, p_post_shift, p_step, p_bits, p_pos,
+                b_sum, b_one, b_one >= 0, o_f, m_f, F, stride_own, out_first_4, out_first_2, out_first_1, out_first_0,
+                out_start_4, out_start_2, out_start_1, out_stride_8, out_stride_4, out_stride_2, out_stride_1,
+                CONTAINER, BIAS > 0, OUTPUT, OUT_CONTAINER, OUT_SIGNED, RELU,
             )  # fmt: skip
     else:
         b_row, m_row, b_first, b_degree = _narrow_rows(p_order, p_indptr, i_tile - S, R, BLOCK_R)
@@ -225,50 +229,41 @@ def _aggregate_packed_kernel(
             BLOCK_R, BLOCK_F,
         )  # fmt: skip
         _store_tile(
-            p_out, p_row_scale, p_col_scale, p_bias, p_step, p_bits, p_pos, b_acc, b_row, m_row, o_f, m_f, F,
-            first_4, first_2, first_1, first_0, start_4, start_2, start_1, stride_8, stride_4, stride_2, stride_1,
-            OUTPUT, OUT_CONTAINER, OUT_SIGNED, RELU,
+            p_out, p_own, p_row_scale, p_self_scale, p_col_scale, p_bias, p_addend, p_post_scale, p_post_shift, p_step, p_bits, p_pos,
+            b_acc, b_row, m_row, o_f, m_f, F, stride_own, out_first_4, out_first_2, out_first_1, out_first_0,
+            out_start_4, out_start_2, out_start_1, out_stride_8, out_stride_4, out_stride_2, out_stride_1,
+            CONTAINER, BIAS > 0, OUTPUT, OUT_CONTAINER, OUT_SIGNED, RELU,
         )  # fmt: skip
 
 
 def aggregate_packed(
     indptr: Tensor, indices: Tensor, schedule: Sequence[Tensor], x: Tensor, container: int, sources: int, features: int, signed: bool,
-    output: str, row_scale: Tensor | None, col_scale: Tensor | None, bias: Tensor | None, relu: bool,
+    output: str, row_scale: Tensor | None, self_scale: Tensor | None, col_scale: Tensor | None, bias: Tensor | None, addend: Tensor | None,
+    relu: bool, post_scale: Tensor | None, post_shift: Tensor | None,
     out_step: Tensor | None, out_bits: Tensor | None, out_pos: Tensor | None, out_counts: Sequence[int], out_signed: bool,
 ) -> Tensor:  # fmt: skip
-    packed, n = output == "packed", indptr.numel() - 1
-    if packed:
-        out = x.new_empty(bucket_starts(out_counts, features)[-1])
-    else:
-        out = x.new_empty((n, features), dtype=torch.int32 if output == "acc" else torch.float32)
+    out = empty_output(x, output, indptr.numel() - 1, features, out_counts)
     if not out.numel():
         return out
     if container == 0:  # nothing is stored and every code is 0, which a row of no edges also gives
-        indptr, container, schedule = torch.zeros_like(indptr), 8, _no_edges(indptr)
+        (indptr, schedule), container, self_scale = without_edges(indptr), 8, None
     stride = row_bytes(container, features)
     words = stride % 16 == 0
     block_f = min(max(triton.next_power_of_2(features), 16), 128)
     block_r, block_e = min(32, 4096 // block_f), min(128, 4096 // block_f)
-    blocks = triton.cdiv(padded_features(out_counts, features) if packed else features, block_f)
+    blocks = triton.cdiv(padded_features(out_counts, features) if output == "rows" else features, block_f)
     arrived, slots = workspace(schedule, features, blocks, [torch.int32])
-    layout = layout_arguments(out_counts if packed else [0] * 5, features)
     launch(
         _aggregate_packed_kernel, grid(schedule, block_r, blocks),
-        p_out=out, p_slots=slots, p_arrived=arrived, **schedule_arguments(indptr, indices, schedule),
-        p_x=x.view(torch.int32) if words else x, p_row_scale=dense(row_scale), p_col_scale=dense(col_scale), p_bias=dense(bias),
-        p_step=dense(out_step), p_bits=dense(out_bits), p_pos=out_pos, F=features, size=out.numel(),
-        X_VECTORS=stride // 16 if words else stride, VECTOR=4 if words else 1,
-        **{name: value for name, value in layout.items() if name != "CONTAINER"},
-        **lane_constants(container, signed, 32 if words else 8), OUTPUT=output, OUT_CONTAINER=layout["CONTAINER"], OUT_SIGNED=out_signed,
-        TAILS=packed and has_tails(out_counts, features), RELU=relu, UNROLL=4, BLOCK_R=block_r, BLOCK_E=block_e, BLOCK_F=block_f,
-        **EXACT,
+        p_slots=slots, p_arrived=arrived, **schedule_arguments(indptr, indices, schedule),
+        p_x=x.view(torch.int32) if words else x, p_own=None if self_scale is None else x, p_row_scale=dense(row_scale),
+        p_self_scale=dense(self_scale), p_col_scale=dense(col_scale), p_bias=dense(bias), p_addend=dense(addend),
+        p_post_scale=dense(post_scale), p_post_shift=dense(post_shift), F=features, stride_own=stride,
+        X_VECTORS=stride // 16 if words else stride, VECTOR=4 if words else 1, **lane_constants(container, signed, 32 if words else 8),
+        **output_arguments(out, output, out_counts, features, out_step, out_bits, out_pos, out_signed),
+        RELU=relu, UNROLL=4, BLOCK_R=block_r, BLOCK_E=block_e, BLOCK_F=block_f, **EXACT,
     )  # fmt: skip
     return out
-
-
-def _no_edges(indptr: Tensor) -> list[Tensor]:
-    rows = torch.arange(indptr.numel() - 1, dtype=torch.int32, device=indptr.device)
-    return [rows, indptr.new_empty(0, 5), indptr.new_empty(0, 3)]
 
 
 def _case(
@@ -280,25 +275,27 @@ def _case(
         "UNROLL": 4, "BLOCK_R": 32, "BLOCK_E": 32, "BLOCK_F": 128, **changed,
     }  # fmt: skip
     signature = {
-        **SCHEDULE_SIGNATURE, "p_slots": "*i32", "p_pos": "*i32", "size": "i32",
-        **dict.fromkeys(["p_row_scale", "p_col_scale", "p_bias", "p_step"], "*fp32"), "p_bits": "*u8", "p_out": out, "p_x": x,
-        **dict.fromkeys(["p_indptr", "p_segments", "p_hubs"], index),
-        "F": "i32:16", "X_VECTORS": "i32", **LAYOUT_SIGNATURE,
+        **SCHEDULE_SIGNATURE, "p_slots": "*i32", **OUTPUT_SIGNATURE, "p_out": out, "p_x": x, "p_own": "*u8",
+        **dict.fromkeys(["p_indptr", "p_segments", "p_hubs"], index), "F": "i32:16", "stride_own": "i32", "X_VECTORS": "i32",
     }  # fmt: skip
     if unit == 8:  # 16 features: only rows of 8-bit codes have 16 bytes
-        signature |= dict.fromkeys(["stride_4", "stride_2", "stride_1"], "i32")
+        signature |= dict.fromkeys(["out_stride_4", "out_stride_2", "out_stride_1"], "i32")
     signature = {argument: kind for argument, kind in signature.items() if argument not in constexprs}
     return CompileCase(name, _aggregate_packed_kernel, signature, constexprs, EXACT)
 
 
+_GCN: dict[str, Any] = {**PLAIN, "p_own": None}
 COMPILE_CASES = [
-    _case("aggregate_packed_8_acc", "*i32", 8, 32, "acc", "*i32"),
-    _case("aggregate_packed_4_float", "*i32", 4, 32, "float", "*fp32"),
-    _case("aggregate_packed_2_float", "*i32", 2, 32, "float", "*fp32"),
-    _case("aggregate_packed_1_float", "*i32", 1, 32, "float", "*fp32"),
-    _case("aggregate_packed_8_packed", "*i32", 8, 32, "packed", "*u8"),
-    _case("aggregate_packed_4_packed", "*i32", 4, 32, "packed", "*u8"),
-    _case("aggregate_packed_4_packed_uniform", "*i32", 4, 32, "packed", "*u8", OUT_CONTAINER=4, p_pos=None),
-    _case("aggregate_packed_4_packed_int64", "*i32", 4, 32, "packed", "*u8", index="*i64"),
-    _case("aggregate_packed_4_bytes_packed", "*u8", 4, 8, "packed", "*u8", BLOCK_F=16, BLOCK_E=128, TAILS=True),
+    _case("aggregate_packed_8_acc", "*i32", 8, 32, "acc", "*i32", **_GCN),
+    _case("aggregate_packed_4_float", "*i32", 4, 32, "float", "*fp32", **_GCN),
+    _case("aggregate_packed_2_float", "*i32", 2, 32, "float", "*fp32", **_GCN),
+    _case("aggregate_packed_1_float", "*i32", 1, 32, "float", "*fp32", **_GCN),
+    _case("aggregate_packed_8_rows", "*i32", 8, 32, "rows", "*u8", **_GCN),
+    _case("aggregate_packed_4_rows", "*i32", 4, 32, "rows", "*u8", **_GCN),
+    _case("aggregate_packed_4_rows_uniform", "*i32", 4, 32, "rows", "*u8", OUT_CONTAINER=4, p_pos=None, **_GCN),
+    _case("aggregate_packed_4_rows_int64", "*i32", 4, 32, "rows", "*u8", index="*i64", **_GCN),
+    _case("aggregate_packed_4_bytes_rows", "*u8", 4, 8, "rows", "*u8", BLOCK_F=16, BLOCK_E=128, TAILS=True, **_GCN),
+    # GIN's own codes, SAGE's addend, a batch normalisation after the ReLU.
+    _case("aggregate_packed_8_whole_epilogue_rows", "*i32", 8, 32, "rows", "*u8"),
+    _case("aggregate_packed_4_whole_epilogue_float", "*i32", 4, 32, "float", "*fp32"),
 ]

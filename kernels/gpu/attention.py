@@ -15,12 +15,23 @@ import triton.language as tl
 from torch import Tensor
 
 from .attention_backward import gat_backward, row_sums
-from .attention_heads import _heads_of_program, _of_channels, _of_heads, _raw_scores, head_blocks, head_tile
+from .attention_heads import (
+    _fold_scores,
+    _heads_of_program,
+    _merge_lanes,
+    _merge_slots,
+    _no_edges,
+    _of_channels,
+    _of_heads,
+    _raw_scores,
+    head_blocks,
+    head_tile,
+)
+from .attention_packed import attention_scores, gat_packed
 from .common import EXACT, CompileCase, _cast, check_dtype, launch
 from .segments import (
     SCHEDULE_SIGNATURE,
     _last_to_arrive,
-    _load_slot,
     _narrow_rows,
     _segment,
     _store_slot,
@@ -30,17 +41,14 @@ from .segments import (
     workspace,
 )
 
-__all__ = ["edge_softmax", "edge_softmax_backward", "gat_aggregate", "gat_backward"]
-
-LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
-"""The maximum of no edge. Finite, so that scores of -inf are below it and weigh exp(-inf - LOWEST) = 0."""
-
-
-@triton.jit
-def _no_edges(LANES: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Maximum, sum of exponentials, and weighted sum of each lane at the start."""
-    b_tops = tl.full((LANES, BLOCK_H), LOWEST, tl.float32)
-    return b_tops, tl.zeros((LANES, BLOCK_H), tl.float32), tl.zeros((LANES, BLOCK_H, BLOCK_C), tl.float32)
+__all__ = [
+    "attention_scores",
+    "edge_softmax",
+    "edge_softmax_backward",
+    "gat_aggregate",
+    "gat_backward",
+    "gat_packed",
+]
 
 
 @triton.jit
@@ -50,48 +58,13 @@ def _fold(
     """Takes one more edge into each lane of ``b_top``, ``b_total`` ``[E, H]`` and ``b_acc`` ``[E, H, C]``."""
     b_source = tl.load(p_indices + b_edge, mask=m_edge, other=0)
     b_raw = _raw_scores(p_src, p_edge_score, b_dst, b_source, b_edge, m_edge, o_h, m_h, H)
-    b_score = tl.where(b_raw > 0, b_raw, negative_slope * b_raw)
-    b_score = tl.where(m_edge[:, None], b_score, -float("inf"))
-    b_new = tl.where(b_score > b_top, b_score, b_top)  # NaN stays out of the maximum, and goes into the sum
-    b_keep, b_p = tl.exp(b_top - b_new), tl.exp(b_score - b_new)
-    b_total = b_total * b_keep + b_p
+    b_top, b_total, b_keep, b_p = _fold_scores(b_top, b_total, b_raw, m_edge, negative_slope)
     if p_x is not None:
         if p_scale is not None:
             b_p *= _of_heads(p_scale, b_edge, m_edge, o_h, m_h, H)
         b_x = _of_channels(p_x, b_source, m_edge, o_h, m_h, o_c, m_c, H, C)
         b_acc = b_acc * b_keep[:, :, None] + b_p[:, :, None] * b_x
-    return b_new, b_total, b_acc
-
-
-@triton.jit
-def _merge_lanes(b_top, b_total, b_acc):
-    """One lane, ``[1, H]`` and ``[1, H, C]``."""
-    b_new = tl.max(b_top, axis=0)[None, :]
-    b_keep = tl.exp(b_top - b_new)
-    b_acc = tl.sum(b_acc * b_keep[:, :, None], axis=0)[None, :, :]
-    return b_new, tl.sum(b_total * b_keep, axis=0)[None, :], b_acc
-
-
-@triton.jit
-def _float_slot(p_slots, i_slot, o_f, m_f, F):
-    return _load_slot(p_slots, i_slot, o_f, m_f, F).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _merge_slots(p_top_slots, p_total_slots, p_slots, i_first, i_end, b_acc, o_h, m_h, o_f, m_f, H, F):
-    """One lane again, in the order of the slots; ``b_acc`` gives the shape of the sum, which stays 0 without ``p_slots``."""
-    b_top = tl.full((1, o_h.shape[0]), LOWEST, tl.float32)
-    b_total = tl.zeros_like(b_top)
-    b_sum = tl.zeros_like(b_acc)
-    for i_slot in range(i_first, i_end):
-        b_other = _float_slot(p_top_slots, i_slot, o_h, m_h, H)
-        b_new = tl.maximum(b_top, b_other)
-        b_keep, b_factor = tl.exp(b_top - b_new), tl.exp(b_other - b_new)
-        b_total = b_total * b_keep + _float_slot(p_total_slots, i_slot, o_h, m_h, H) * b_factor
-        if p_slots is not None:
-            b_sum = b_sum * b_keep[:, :, None] + _float_slot(p_slots, i_slot, o_f, m_f, F) * b_factor[:, :, None]
-        b_top = b_new
-    return b_top, b_total, b_sum
+    return b_top, b_total, b_acc
 
 
 @triton.jit

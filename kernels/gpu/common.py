@@ -214,6 +214,9 @@ LAYOUT_FIRSTS = ["first_4", "first_2", "first_1", "first_0"]
 """For ``triton.jit(do_not_specialize=LAYOUT_FIRSTS)``: they change with every training step, and nothing needs their
 divisibility."""
 
+OUT_FIRSTS = [f"out_{name}" for name in LAYOUT_FIRSTS]
+"""The same of the rows that a kernel writes, where it also reads packed rows or could."""
+
 LAYOUT_SIGNATURE = {
     **dict.fromkeys(LAYOUT_FIRSTS, "i32"),
     **dict.fromkeys(["start_4", "start_2", "start_1"], "i32:16"),
@@ -221,22 +224,25 @@ LAYOUT_SIGNATURE = {
 }
 """The layout's arguments in the signature of a :class:`CompileCase`, where rows have 16 bytes or more."""
 
+OUT_SIGNATURE = {f"out_{name}": kind for name, kind in LAYOUT_SIGNATURE.items()}
+"""Likewise of the rows that a kernel writes."""
 
-def layout_arguments(counts: Sequence[int], features: int) -> dict[str, int | None]:
-    """The arguments by which a kernel finds packed rows (:func:`..packing.bucket_starts`).
+
+def layout_arguments(counts: Sequence[int], features: int, prefix: str = "") -> dict[str, int | None]:
+    """The arguments by which a kernel finds packed rows (:func:`..packing.bucket_starts`); ``prefix`` is put before their names.
 
     Worked example, ``counts = (0, 1, 2, 0, 1)`` of 6 codes: first_4, first_2, first_1, first_0 = 0, 1, 3, 3;
     start_4, start_2, start_1 = 0, 16, 32; stride_8, stride_4, stride_2, stride_1 = 6, 3, 2, 1; CONTAINER = None.
     """
-    arguments: dict[str, int | None] = {"CONTAINER": uniform_container(counts)}
+    arguments: dict[str, int | None] = {f"{prefix.upper()}CONTAINER": uniform_container(counts)}
     starts, first = bucket_starts(counts, features), 0
     for container, count, start in zip(CONTAINERS, counts, starts, strict=False):
         if container != 8:
-            arguments[f"first_{container}"] = first
+            arguments[f"{prefix}first_{container}"] = first
         if container not in (0, 8):
-            arguments[f"start_{container}"] = start
+            arguments[f"{prefix}start_{container}"] = start
         if container:
-            arguments[f"stride_{container}"] = row_bytes(container, features)
+            arguments[f"{prefix}stride_{container}"] = row_bytes(container, features)
         first += count
     return arguments
 

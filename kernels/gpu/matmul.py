@@ -9,25 +9,30 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..packing import bucket_starts, row_bytes, rows_of, uniform_counts
+from ..packing import empty_output, row_bytes, rows_of
 from .common import (
     EXACT,
     LAYOUT_FIRSTS,
     LAYOUT_SIGNATURE,
+    OUT_FIRSTS,
     CompileCase,
-    _codes,
-    _largest_code,
-    _store_bucket,
     _unpack,
     launch,
     layout_arguments,
 )
-from .epilogue import _clear, _epilogue, has_tails, padded_features
+from .epilogue import (
+    OUTPUT_SIGNATURE,
+    PLAIN,
+    _clear_tails,
+    _epilogue,
+    _store_output,
+    output_arguments,
+    padded_features,
+)
 from .rows import _row_codes
 from .segments import dense, kept
 
@@ -131,22 +136,30 @@ def _mixed_tile(
     return b_acc, b_place, m_n
 
 
-@triton.jit(do_not_specialize=["N", "size", "x_zero", *LAYOUT_FIRSTS])
+@triton.jit(do_not_specialize=["N", "size", "x_zero", *LAYOUT_FIRSTS, *OUT_FIRSTS])
 def _matmul_packed_kernel(
     p_out,  # int32 or float32 [N, M], or packed rows
     p_x, p_w,  # packed [N, K] and [M, K]
     p_rows,  # [N], the row at each place; None: its own index
-    p_row_scale, p_col_scale, p_bias,  # [N], [M], [M]
-    p_step, p_bits,  # [M], of the packed output
-    N, M, K, size, x_zero, stride_x, stride_w, stride_out,
+    p_row_scale, p_col_scale, p_bias, p_addend, p_post_scale, p_post_shift,  # [N], [M], [M], [N, M], [M], [M]
+    p_step, p_bits, p_pos,  # [N] or [M], [N] or [M], [N], of the packed output
+    N, M, K, size, x_zero, stride_x, stride_w,
     first_4, first_2, first_1, first_0, start_4, start_2, start_1, stride_8, stride_4, stride_2, stride_1,
+    out_first_4, out_first_2, out_first_1, out_first_0, out_start_4, out_start_2, out_start_1, out_stride_8, out_stride_4, out_stride_2, out_stride_1,
     CONTAINER: tl.constexpr, X_SIGNED: tl.constexpr, HAS_ZERO: tl.constexpr, W_CONTAINER: tl.constexpr, OUTPUT: tl.constexpr,
-    OUT_CONTAINER: tl.constexpr, TAILS: tl.constexpr, RELU: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    OUT_CONTAINER: tl.constexpr, OUT_SIGNED: tl.constexpr, TAILS: tl.constexpr, RELU: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """out = epilogue(sum_k (x[i, k] - x_zero) * w[j, k]) (A2Q eq. 2)."""
     i_m = tl.program_id(1)
     o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
     m_m = o_m < M
+    if TAILS:
+        if (tl.program_id(0) == 0) & (i_m == 0):
+            _clear_tails(
+                p_out, size, out_first_4, out_first_2, out_first_1, out_first_0, out_start_4, out_start_2, out_start_1,
+                out_stride_8, out_stride_4, out_stride_2, out_stride_1,
+            )  # fmt: skip
     if CONTAINER is None:
         b_acc, b_place, m_n = _mixed_tile(
             p_x, p_w, N, K, stride_w, x_zero, o_m, m_m, first_4, first_2, first_1, first_0, start_4, start_2, start_1,
@@ -160,22 +173,17 @@ def _matmul_packed_kernel(
     b_row = b_place.to(tl.int64)
     if p_rows is not None:
         b_row = tl.load(p_rows + b_place, mask=m_n, other=0).to(tl.int64)
-    p_tile = p_out + b_row[:, None] * M + o_m[None, :]
-    m_tile = m_n[:, None] & m_m[None, :]
     if OUTPUT == "acc":
-        tl.store(p_tile, b_acc, mask=m_tile)
+        tl.store(p_out + b_row[:, None] * M + o_m[None, :], b_acc, mask=m_n[:, None] & m_m[None, :])
     else:
-        b_v = _epilogue(b_acc, p_row_scale, p_col_scale, p_bias, b_row, m_n, o_m, m_m, RELU)
-        if OUTPUT == "float":
-            tl.store(p_tile, b_v, mask=m_tile)
-        else:
-            if TAILS:
-                if (tl.program_id(0) == 0) & (i_m == 0):
-                    _clear(p_out, tl.cast(N, tl.int64) * stride_out, size)
-            b_step = tl.load(p_step + o_m, mask=m_m, other=1)[None, :]
-            b_q = _largest_code(tl.load(p_bits + o_m, mask=m_m, other=0), True)[None, :]
-            b_codes = tl.where(m_m[None, :], _codes(b_v, b_step, b_q, True), 0)
-            _store_bucket(p_out, b_codes, b_row, m_n, i_m, 0, N, 0, stride_out, OUT_CONTAINER)
+        b_v = _epilogue(
+            b_acc, b_acc, p_row_scale, None, p_col_scale, p_bias, p_addend, p_post_scale, p_post_shift, b_row, m_n, o_m, m_m, M, RELU
+        )  # fmt: skip
+        _store_output(
+            p_out, p_step, p_bits, p_pos, b_v, b_row, m_n, i_m, o_m, m_m, M,
+            out_first_4, out_first_2, out_first_1, out_first_0, out_start_4, out_start_2, out_start_1,
+            out_stride_8, out_stride_4, out_stride_2, out_stride_1, OUTPUT, OUT_CONTAINER, OUT_SIGNED,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["N", "chunk", "zero", *LAYOUT_FIRSTS])
@@ -214,34 +222,33 @@ def _matmul_transposed_kernel(
 
 def matmul_packed(
     x: Tensor, x_pos: Tensor | None, x_counts: Sequence[int], x_signed: bool, x_zero: int, w: Tensor, w_container: int, features: int, columns: int,
-    output: str, row_scale: Tensor | None, col_scale: Tensor | None, bias: Tensor | None, relu: bool,
-    out_step: Tensor | None, out_bits: Tensor | None, out_container: int,
+    output: str, row_scale: Tensor | None, col_scale: Tensor | None, bias: Tensor | None, addend: Tensor | None, relu: bool,
+    post_scale: Tensor | None, post_shift: Tensor | None,
+    out_step: Tensor | None, out_bits: Tensor | None, out_pos: Tensor | None, out_counts: Sequence[int], out_signed: bool,
 ) -> Tensor:  # fmt: skip
     if w_container not in (4, 8):
         raise ValueError(
             f"the Triton matmul takes weights in containers of 4 or 8 bits, got {w_container}; pack them in one of these"
         )
-    n, packed = sum(x_counts), output == "packed"
-    out_counts = uniform_counts(n, out_container if packed else 0)
-    if packed:
-        out = x.new_empty(bucket_starts(out_counts, columns)[-1])
-    else:
-        out = x.new_empty((n, columns), dtype=torch.int32 if output == "acc" else torch.float32)
+    n = sum(x_counts)
+    out = empty_output(x, output, n, columns, out_counts)
     if not out.numel():
         return out
     layout = layout_arguments(x_counts, features)
     container = layout["CONTAINER"]
-    block_m = min(max(triton.next_power_of_2(columns), 16), 128)
+    # With 128 columns the addend's tile does not fit beside the others: compiled for sm_90, 168 bytes are spilled.
+    block_m = min(max(triton.next_power_of_2(columns), 16), 128 if addend is None else 64)
     block_k = min(max(triton.next_power_of_2(features), 32), BLOCK_K)
     tiles = sum(triton.cdiv(count, BLOCK_N) for count in x_counts)
+    covered = padded_features(out_counts, columns) if output in ("rows", "columns") else columns
     launch(
-        _matmul_packed_kernel, (tiles, triton.cdiv(padded_features(out_counts, columns), block_m)),
-        p_out=out, p_x=x, p_w=w, p_rows=None if x_pos is None else kept(x_pos, rows_of), p_row_scale=dense(row_scale), p_col_scale=dense(col_scale),
-        p_bias=dense(bias), p_step=dense(out_step), p_bits=dense(out_bits), N=n, M=columns, K=features, size=out.numel(), x_zero=x_zero,
-        stride_x=row_bytes(container, features) if container else 0, stride_w=row_bytes(w_container, features),
-        stride_out=row_bytes(out_container, columns) if packed else 0, **layout, X_SIGNED=x_signed, HAS_ZERO=x_zero != 0, W_CONTAINER=w_container,
-        OUTPUT=output, OUT_CONTAINER=out_container if packed else None, TAILS=packed and has_tails(out_counts, columns), RELU=relu,
-        BLOCK_N=BLOCK_N, BLOCK_M=block_m, BLOCK_K=block_k, **EXACT,
+        _matmul_packed_kernel, (tiles, triton.cdiv(covered, block_m)),
+        p_x=x, p_w=w, p_rows=None if x_pos is None else kept(x_pos, rows_of), p_row_scale=dense(row_scale), p_col_scale=dense(col_scale),
+        p_bias=dense(bias), p_addend=dense(addend), p_post_scale=dense(post_scale), p_post_shift=dense(post_shift), N=n, M=columns, K=features,
+        x_zero=x_zero, stride_x=row_bytes(container, features) if container else 0, stride_w=row_bytes(w_container, features), **layout,
+        X_SIGNED=x_signed, HAS_ZERO=x_zero != 0, W_CONTAINER=w_container,
+        **output_arguments(out, output, out_counts, columns, out_step, out_bits, out_pos, out_signed),
+        RELU=relu, BLOCK_N=BLOCK_N, BLOCK_M=block_m, BLOCK_K=block_k, **EXACT,
     )  # fmt: skip
     return out
 
@@ -277,19 +284,21 @@ def matmul_transposed(
 def _case(
     name: str, container: int | None, w_container: int, output: str, out: str, short: bool = False, **changed: object
 ) -> CompileCase:
-    """``short``: rows of fewer than 16 bytes, which nothing is known to divide."""
+    """``short``: rows of fewer than 16 bytes, which nothing is known to divide. ``changed``: constants, and the types of pointers that most layers
+    do not have."""
     constexprs: dict[str, object] = {
-        "CONTAINER": container, "X_SIGNED": True, "HAS_ZERO": False, "W_CONTAINER": w_container, "OUTPUT": output, "OUT_CONTAINER": 4, "TAILS": False,
-        "RELU": False, "BLOCK_N": BLOCK_N, "BLOCK_M": 128, "BLOCK_K": BLOCK_K, **changed,
+        "CONTAINER": container, "X_SIGNED": True, "HAS_ZERO": False, "W_CONTAINER": w_container, "OUTPUT": output, "OUT_CONTAINER": 4,
+        "OUT_SIGNED": True, "TAILS": False, "RELU": False, "BLOCK_N": BLOCK_N, "BLOCK_M": 128, "BLOCK_K": BLOCK_K, **PLAIN, "p_pos": None, **changed,
     }  # fmt: skip
     signature = {
-        "p_out": out, **dict.fromkeys(["p_x", "p_w", "p_bits"], "*u8"), "p_rows": "*i32",
-        **dict.fromkeys(["p_row_scale", "p_col_scale", "p_bias", "p_step"], "*fp32"), **dict.fromkeys(["N", "size", "x_zero"], "i32"),
-        **dict.fromkeys(["M", "K", "stride_x", "stride_w", "stride_out"], "i32:16"), **LAYOUT_SIGNATURE,
+        **OUTPUT_SIGNATURE, "p_out": out, "p_x": "*u8", "p_w": "*u8", "p_rows": "*i32", **dict.fromkeys(["N", "x_zero"], "i32"),
+        **dict.fromkeys(["M", "K", "stride_x", "stride_w"], "i32:16"), **LAYOUT_SIGNATURE,
     }  # fmt: skip
+    del signature["p_self_scale"], constexprs["p_self_scale"]
     if short:
         signature |= dict.fromkeys(["K", "stride_w", "stride_8", "stride_4", "stride_2", "stride_1"], "i32")
-    signature = {argument: kind for argument, kind in signature.items() if argument not in constexprs}
+    constexprs = {name: value for name, value in constexprs.items() if not str(value).startswith("*")}
+    signature = {name: kind for name, kind in signature.items() if name not in constexprs}
     return CompileCase(name, _matmul_packed_kernel, signature, constexprs, EXACT)
 
 
@@ -301,12 +310,18 @@ _BLOCKS = {"SIGNED": True, "BLOCK_N": 32, "BLOCK_K": 64, "BLOCK_M": 64}
 COMPILE_CASES = [
     _case("matmul_packed_8x8_acc", 8, 8, "acc", "*i32"),
     _case("matmul_packed_8x4_float", 8, 4, "float", "*fp32"),
-    _case("matmul_packed_4x4_packed", 4, 4, "packed", "*u8", p_rows=None),
-    _case("matmul_packed_mixed_x4_packed", None, 4, "packed", "*u8"),
+    _case("matmul_packed_4x4_columns", 4, 4, "columns", "*u8", p_rows=None),
+    _case("matmul_packed_mixed_x4_columns", None, 4, "columns", "*u8"),
     _case("matmul_packed_mixed_x8_float", None, 8, "float", "*fp32"),
     _case("matmul_packed_mixed_unsigned_zero", None, 4, "float", "*fp32", X_SIGNED=False, HAS_ZERO=True),
-    _case("matmul_packed_narrow", None, 4, "packed", "*u8", BLOCK_M=16),
+    _case("matmul_packed_narrow", None, 4, "columns", "*u8", BLOCK_M=16),
     _case("matmul_packed_short_rows", None, 4, "float", "*fp32", short=True, BLOCK_K=32),
+    _case("matmul_packed_8x8_rows", 8, 8, "rows", "*u8", OUT_CONTAINER=8, p_rows=None, RELU=True),
+    _case("matmul_packed_mixed_x4_mixed_rows", None, 4, "rows", "*u8", OUT_CONTAINER=None, p_pos="*i32", OUT_SIGNED=False, RELU=True),
+    _case(
+        "matmul_packed_mixed_x8_whole_epilogue_rows", None, 8, "rows", "*u8", OUT_CONTAINER=None, RELU=True, BLOCK_M=64,
+        p_addend="*fp32", p_post_scale="*fp32", p_post_shift="*fp32", p_pos="*i32",
+    ),
     CompileCase("matmul_transposed_mixed", _matmul_transposed_kernel, _TRANSPOSED, {**_BLOCKS, "CONTAINER": None}, _FUSED),
     CompileCase(
         "matmul_transposed_8", _matmul_transposed_kernel, {k: v for k, v in _TRANSPOSED.items() if k != "p_pos"},

@@ -83,6 +83,12 @@ def schedule_arguments(indptr: Tensor, indices: Tensor, schedule: Sequence[Tenso
     }  # fmt: skip
 
 
+def without_edges(indptr: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """``indptr`` and schedule of a graph of as many rows and no edges."""
+    rows = torch.arange(indptr.numel() - 1, dtype=torch.int32, device=indptr.device)
+    return torch.zeros_like(indptr), [rows, indptr.new_empty(0, 5), indptr.new_empty(0, 3)]
+
+
 SCHEDULE_SIGNATURE = {
     **dict.fromkeys(["p_arrived", "p_indptr", "p_indices", "p_order", "p_segments", "p_hubs"], "*i32"), "R": "i32", "S": "i32",
 }  # fmt: skip
