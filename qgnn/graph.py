@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -248,8 +248,12 @@ class Graph:
     @cached_property
     def inv_sqrt_degree(self) -> Tensor:
         """``D^-1/2`` of the in-degrees, float32 ``[N]``; 0 for a node without edges. GCN folds it into the steps (NUMERICS 7)."""
-        degree = self.in_degree.to(torch.float32)
-        return torch.where(degree > 0, degree.rsqrt(), torch.zeros_like(degree))
+        return _inv_sqrt(self.indptr)
+
+    @cached_property
+    def inv_degree(self) -> Tensor:
+        """One over the in-degrees, float32 ``[N]``; 1 for a node without edges. A mean is the sum times it."""
+        return _inv(self.indptr)
 
     def to(self, device: torch.device | str) -> Graph:
         """The same graph on another device; transpose and schedule are built there anew."""
@@ -260,6 +264,68 @@ class Graph:
 
     def __repr__(self) -> str:
         return f"Graph(num_nodes={self.num_nodes}, num_edges={self.num_edges}, device={str(self.device)!r})"
+
+
+def _degrees(indptr: Tensor) -> Tensor:
+    return (indptr[1:] - indptr[:-1]).to(torch.float32)
+
+
+def _inv_sqrt(indptr: Tensor) -> Tensor:
+    degree = _degrees(indptr)
+    return torch.where(degree > 0, degree.rsqrt(), torch.zeros_like(degree))
+
+
+def _inv(indptr: Tensor) -> Tensor:
+    return 1 / _degrees(indptr).clamp_min(1)
+
+
+class TracedGraph(NamedTuple):
+    """The part of a :class:`Graph` that inference reads, of an ``edge_index`` whose edges are not known yet, while torch compiles or exports."""
+
+    indptr: Tensor
+    indices: Tensor
+    schedule: Schedule
+    num_sources: int
+    num_nodes: int
+
+    @property
+    def inv_sqrt_degree(self) -> Tensor:
+        """As :attr:`Graph.inv_sqrt_degree`."""
+        return _inv_sqrt(self.indptr)
+
+    @property
+    def inv_degree(self) -> Tensor:
+        """As :attr:`Graph.inv_degree`."""
+        return _inv(self.indptr)
+
+
+@torch.library.custom_op("qgnn::csr", mutates_args=())
+def _csr(
+    edge_index: Tensor, sources: int, nodes: int, add_self_loops: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    graph = Graph.of(edge_index, sources if sources == nodes else (sources, nodes))
+    graph = graph.with_self_loops if add_self_loops else graph
+    if graph.max_degree >= 2**24:
+        raise ValueError(f"a node has {graph.max_degree} in-edges: int32 sums of 8-bit codes could overflow; split it")
+    # Copies: compiled code may write where it has read for the last time.
+    order, segments, hubs = (part.clone() for part in graph.schedule)
+    return graph.indptr.clone(), graph.indices.clone(), order, segments, hubs
+
+
+@_csr.register_fake
+def _(
+    edge_index: Tensor, sources: int, nodes: int, add_self_loops: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    edges, narrow, segments, hubs = (torch.library.get_ctx().new_dynamic_size() for _ in range(4))
+    shapes = ((nodes + 1,), (edges,), (narrow,), (segments, 5), (hubs, 3))
+    indptr, *others = (edge_index.new_empty(shape, dtype=torch.int32) for shape in shapes)
+    return indptr, others[0], others[1], others[2], others[3]
+
+
+def traced_graph(edge_index: Tensor, sources: int, nodes: int, add_self_loops: bool) -> TracedGraph:
+    """The graph of an ``edge_index`` as one operation, for torch.compile and torch.export. Fewer than 2^31 edges."""
+    indptr, indices, *schedule = _csr(edge_index, sources, nodes, add_self_loops)
+    return TracedGraph(indptr, indices, Schedule(*schedule), sources, nodes)
 
 
 _graphs: dict[int, tuple[weakref.ref[Tensor], tuple[Any, ...], Graph]] = {}

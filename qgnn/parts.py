@@ -1,359 +1,491 @@
-"""The frozen model: GCN and linear layers that run on packed integers, two kernel launches a GCN layer (NUMERICS 7; A2Q proofs 2 and 3)."""
+"""The parts of a frozen model: what runs on packed integers (NUMERICS 7; A2Q proofs 2 and 3).
+
+Four kinds of parts do the work, each one kernel launch: a :class:`Codec` turns a float map into packed rows, a :class:`Product` multiplies packed
+rows by a packed weight, a :class:`Sum` adds the packed rows of neighbours, and :class:`Attention` weighs them. An :class:`Operand` packs a float
+map for a Sum. A Product, a Sum and an Attention finish their rows themselves: degree normalisation, bias, batch normalisation, a summand, ReLU,
+and the codes that the next part reads. So a GCN layer is two launches. What integers cannot do stands between the parts in float.
+"""
 
 from __future__ import annotations
 
+import os
 import weakref
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from . import ops
-from .graph import Graph
+from .graph import Graph, TracedGraph, traced_graph
 from .kernels.aggregate import aggregate_packed
+from .kernels.attention import attention_scores, gat_packed
 from .kernels.matmul import matmul_packed
+from .kernels.nearest import group_table, nearest_group, quantize_nearest
 from .kernels.packing import bucket_rows, container_of, containers_of, uniform_counts
-from .qtensor import QTensor
+from .kernels.quantize import largest_code, quantize
+from .qtensor import check_values
 from .quant.base import row_binary_codes
 
-TAIL_FUNCTIONS = {"log_softmax": lambda x: torch.log_softmax(x, -1), "softmax": lambda x: torch.softmax(x, -1)}
-"""Float functions that may follow the last layer, over the last dimension."""
+Coding = Literal["binary", "node", "tensor", "group"]
+Pooling = Literal["sum", "mean", "max"]
+LayerGraph = Graph | TracedGraph
 
 
-InputCoding = Literal["binary", "node", "tensor"]
+class Packed(NamedTuple):
+    """Packed rows, uint8, and float32 ``[N]``: the step of each row, times the factor ``D^-1/2`` where the layer that reads it normalises."""
 
-
-@dataclass(frozen=True)
-class LayerSpec:
-    """Everything about an integer layer that is not a tensor.
-
-    Attributes:
-        name: of the layer it was frozen from.
-        kind: "gcn" or "linear".
-        in_channels, out_channels: sizes.
-        weight_container, operand_container: bits of one code of the weight and of the operand of the aggregation, 4 or 8.
-        coding: of the input: "binary", rows of 0 and one constant, in 1 bit with that constant as step; "node", a step and width per node (A2Q);
-            "tensor", one step for all.
-        signed: whether the codes of the input have a sign.
-        relu: applied to the output.
-        normalize, add_self_loops: of the graph convolution.
-    """
-
-    name: str
-    kind: Literal["gcn", "linear"]
-    in_channels: int
-    out_channels: int
-    weight_container: int
-    operand_container: int
-    coding: InputCoding
-    signed: bool
-    relu: bool
-    normalize: bool
-    add_self_loops: bool
+    data: Tensor
+    scale: Tensor
 
 
 @dataclass(frozen=True)
-class _Rows:
-    """The codes that a layer's input gets on one graph: a step and width per node, and where the rows lie."""
+class Place:
+    """Where and how the rows of a map are packed: step and width of each, rows in each container, the place of each (None: as they come), and the
+    scale of :class:`Packed`."""
 
     step: Tensor
     bits: Tensor
     counts: list[int]
     pos: Tensor | None
+    scale: Tensor
+
+
+def rows_of(value: Tensor | Packed) -> int:
+    """Rows of a float or packed map."""
+    return value.scale.size(0) if isinstance(value, Packed) else value.size(0)
+
+
+def graph_of(
+    edges: Tensor | Graph, source: Tensor | Packed, target: Tensor | Packed | None, add_self_loops: bool
+) -> LayerGraph:
+    """The graph that a layer sums over, for an ``edge_index`` and the maps of its sources and, if it is bipartite, its destinations."""
+    sources = rows_of(source)
+    nodes = sources if target is None else rows_of(target)
+    if torch.compiler.is_compiling() and isinstance(edges, Tensor):
+        return traced_graph(edges, sources, nodes, add_self_loops)
+    base = Graph.of(edges, sources if target is None else (sources, nodes))
+    if base.num_nodes != nodes:
+        raise ValueError(
+            f"the graph has {base.num_nodes} destinations and their map {nodes} rows; build it for both sizes"
+        )
+    return base.with_self_loops if add_self_loops else base
+
+
+@torch.library.custom_op("qgnn::pool_nodes", mutates_args=())
+def pool_nodes(x: Tensor, batch: Tensor, size: int | None, reduce: str) -> Tensor:
+    """Reduces the rows of ``x`` ``[N, F]`` graph by graph, ``batch`` ``[N]`` -> ``[G, F]``, ``G = size`` or the largest graph plus one."""
+    graphs = size if size is not None else int(batch.max()) + 1 if batch.numel() else 0
+    return ops.scatter(x, batch, 0, graphs, cast(Pooling, reduce))
+
+
+@pool_nodes.register_fake
+def _(x: Tensor, batch: Tensor, size: int | None, reduce: str) -> Tensor:
+    return x.new_empty((torch.library.get_ctx().new_dynamic_size() if size is None else size, x.shape[1]))
+
+
+def pool(x: Tensor, batch: Tensor | None, size: int | None, reduce: Pooling) -> Tensor:
+    """:func:`pool_nodes`; all nodes are one graph where ``batch`` is None."""
+    return pool_nodes(x, x.new_zeros(x.size(0), dtype=torch.int64) if batch is None else batch, size, reduce)
+
+
+class Part(nn.Module):
+    """One step of a frozen model, of ``LAUNCHES`` kernels. ``layer`` names the layer that it was frozen from."""
+
+    LAUNCHES = 1
+
+    def __init__(self, layer: str) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def keep(self, **tensors: Tensor | None) -> None:
+        """Registers buffers."""
+        for name, tensor in tensors.items():
+            self.register_buffer(name, None if tensor is None else tensor.detach().contiguous().clone())
 
 
 @dataclass(frozen=True)
-class _Place:
-    """A layer on one graph: its factor ``D^-1/2``, the rows of its input and the product of their steps with the factor (both None for "binary").
-    It does not hold the graph, which it would keep alive in :meth:`IntegerModel.places`."""
+class CodecSpec:
+    """Everything about a :class:`Codec` that is no tensor.
 
-    factor: Tensor | None
-    rows: _Rows | None
-    scale: Tensor | None
-
-
-class IntegerLayer(nn.Module):
-    """One frozen layer.
-
-    Buffers: ``weight`` (packed ``[out, in]``), ``weight_step`` ``[out]``, ``bias`` ``[out]`` or None, ``norm_scale`` ``[out]``, the factor of a
-    folded batch normalisation, or None, ``operand_step``, ``operand_bits`` ``[out]`` (GCN only), and ``input_step``, ``input_bits``, ``[N]`` or
-    of one element (not for a binary input).
+    Attributes:
+        layer: the layer that reads the codes.
+        coding: "binary", rows of 0 and one constant, in 1 bit with that constant as step; "node", a step and width per node (A2Q); "tensor", one
+            step for all; "group", that of the nearest group (A2Q algorithm 1).
+        features: columns.
+        signed: whether codes have a sign.
+        normalize: whether the layer multiplies its rows by ``D^-1/2``.
     """
 
-    weight: Tensor
-    weight_step: Tensor
-    bias: Tensor | None
-    norm_scale: Tensor | None
-    operand_step: Tensor | None
-    operand_bits: Tensor | None
-    input_step: Tensor | None
-    input_bits: Tensor | None
+    layer: str
+    coding: Coding
+    features: int
+    signed: bool
+    normalize: bool
 
-    def __init__(self, spec: LayerSpec, tensors: dict[str, Tensor]) -> None:
-        super().__init__()
+
+class Codec(Part):
+    """Turns a float map ``[N, features]`` into the packed rows that a :class:`Product` reads.
+
+    Buffers: ``step`` (float32) and ``bits`` (uint8), ``[N]`` for "node", of one element for "tensor", ``[groups]`` for "group"; none for "binary".
+    """
+
+    step: Tensor | None
+    bits: Tensor | None
+    pos: Tensor | None
+    bounds: Tensor
+    order: Tensor
+
+    def __init__(self, spec: CodecSpec, step: Tensor | None = None, bits: Tensor | None = None) -> None:
+        super().__init__(spec.layer)
         self.spec = spec
-        for name in (
-            "weight", "weight_step", "bias", "norm_scale", "operand_step", "operand_bits", "input_step", "input_bits"
-        ):  # fmt: skip
-            self.register_buffer(name, tensors.get(name))
+        self.keep(step=step, bits=bits)
+        self.counts: list[int] = []
+        self.container = 1
+        pos = None
+        if self.step is not None and self.bits is not None and spec.coding == "node":
+            self.counts, pos = bucket_rows(containers_of(self.bits, spec.signed))
+        elif self.step is not None and self.bits is not None:
+            # groups share a container: which of them the nodes of a graph take is known only when it comes
+            self.container = container_of(int(self.bits.max()), spec.signed)
+            if spec.coding == "group":
+                bounds, order = group_table(self.step * largest_code(self.bits, spec.signed))
+                self.register_buffer("bounds", bounds, persistent=False)
+                self.register_buffer("order", order, persistent=False)
+        self.register_buffer("pos", pos, persistent=False)
+        self._known: tuple[weakref.ref[Graph] | None, Place] | None = None
 
-    def graph(self, base: Graph) -> Graph:
-        """The graph that the layer sums over."""
-        return base.with_self_loops if self.spec.add_self_loops else base
-
-    def place(self, base: Graph) -> _Place:
-        """What the layer needs to know of a graph, computed once.
-
-        Raises:
-            ValueError: the layer has steps for another number of nodes, or a sum could overflow int32.
-        """
-        spec = self.spec
-        graph = self.graph(base)
-        ops.check_product_headroom(spec.in_channels)
-        if spec.kind == "gcn":
-            ops.check_headroom(graph, spec.operand_container - 1)
-        factor, rows = graph.inv_sqrt_degree if spec.normalize else None, self._rows(graph.num_nodes)
-        return _Place(factor, rows, None if rows is None else rows.step if factor is None else rows.step * factor)
-
-    def _rows(self, nodes: int) -> _Rows | None:
-        if self.input_step is None or self.input_bits is None:
-            return None
-        if self.spec.coding == "node" and self.input_step.numel() != nodes:
-            raise ValueError(
-                f"layer {self.spec.name} has steps for {self.input_step.numel()} nodes, the graph has {nodes}: node-level A2Q is tied to its graph"
-            )
-        step, bits = self.input_step.expand(nodes).contiguous(), self.input_bits.expand(nodes).contiguous()
-        counts, pos = (
-            bucket_rows(containers_of(bits, self.spec.signed))
-            if self.spec.coding == "node"
-            else (self._uniform(nodes), None)
-        )
-        return _Rows(step, bits, counts, pos)
-
-    def _uniform(self, nodes: int) -> list[int]:
-        assert self.input_bits is not None
-        return uniform_counts(nodes, container_of(int(self.input_bits), self.spec.signed))
-
-    def pack_input(self, x: Tensor, rows: _Rows | None) -> QTensor:
-        """Codes of a float input ``[N, in]``.
-
-        Raises:
-            ValueError: ``x`` has another shape; a binary layer gets rows of several nonzero values; NaN or infinity.
-        """
-        if not isinstance(x, Tensor) or x.dim() != 2 or x.size(1) != self.spec.in_channels:
-            shape = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
-            raise ValueError(f"x of layer {self.spec.name} must be a tensor [N, {self.spec.in_channels}], got {shape}")
-        x = x.float()
-        if rows is None:
-            codes = row_binary_codes(x)
-            return QTensor.quantize(x, codes.step, codes.bits.float(), signed=False)
-        return QTensor.quantize(
-            x if self.spec.signed else x.clamp_min(0), rows.step, rows.bits.float(), signed=self.spec.signed
-        )
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_known": None}
 
     @property
     def fuses(self) -> bool:
-        """Whether the layer before can write this layer's codes in its epilogue."""
-        return self.spec.coding != "binary"
+        """Whether the part before can write these codes: their steps are known before the values are."""
+        return self.spec.coding in ("node", "tensor")
 
-    def scale(self, x: QTensor, place: _Place) -> Tensor:
-        """The factor of every row of the product: the step of the input, times ``D^-1/2`` where the layer normalises."""
-        if place.scale is not None:
-            return place.scale
-        return x.step if place.factor is None else x.step * place.factor
-
-    def run(
-        self, x: QTensor, scale: Tensor, base: Graph, place: _Place, following: tuple[IntegerLayer, _Place] | None
-    ) -> QTensor | Tensor:
-        """Runs the layer. With ``following``, the next layer and its place, the output is that layer's packed input; else float32 ``[N, out]``."""
-        spec = self.spec
-        if spec.kind == "linear":
-            return self._product(x, "float", scale, self._columns(self.weight_step), self.bias, spec.relu)
-        assert self.operand_step is not None, "a GCN layer has one"
-        operand = self.operand(x, scale)
-        graph, nodes = self.graph(base), base.num_nodes
-        rows = following[1].rows if following is not None else None
-        out = aggregate_packed(
-            graph.indptr, graph.indices, list(graph.schedule), operand, spec.operand_container, nodes, spec.out_channels, True,
-            "float" if rows is None else "packed", place.factor, self._columns(self.operand_step), self.bias, spec.relu,
-            None if rows is None else rows.step, None if rows is None else rows.bits, None if rows is None else rows.pos,
-            [0] * 5 if rows is None else rows.counts, following is not None and following[0].spec.signed,
-        )  # fmt: skip
-        if rows is None or following is None:
-            return out
-        return QTensor(
-            out, rows.step, rows.bits, "row", following[0].spec.signed, spec.out_channels, tuple(rows.counts), rows.pos
-        )
-
-    def operand(self, x: QTensor, scale: Tensor) -> Tensor:
-        """The packed operand of the aggregation: ``D^-1/2 X W``, ``[N, out]`` in ``operand_container``."""
-        return self._product(x, "packed", scale, self.weight_step, None, False)
-
-    def _columns(self, step: Tensor) -> Tensor:
-        """The factor of every output column: the step of its codes, times that of a batch normalisation (A2Q eq. 18)."""
-        return step if self.norm_scale is None else step * self.norm_scale
-
-    def _product(
-        self, x: QTensor, output: str, scale: Tensor, columns: Tensor, bias: Tensor | None, relu: bool
-    ) -> Tensor:
-        spec = self.spec
-        return matmul_packed(
-            x.data, x.pos, list(x.counts), x.signed, x.zero, self.weight, spec.weight_container, spec.in_channels, spec.out_channels, output, scale,
-            columns, bias, relu, self.operand_step, self.operand_bits, spec.operand_container,
-        )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class LayerReport:
-    """One frozen layer, in bytes.
-
-    Attributes:
-        name, kind: of the layer.
-        average_bits: mean width of its input over the nodes.
-        launches: kernel launches on bound input.
-        code_bytes: packed codes of its input; input_fp32_bytes: the same map in FP32.
-        step_bytes: steps, widths and places of the input's rows.
-        operand_bytes, operand_fp32_bytes: codes of the operand of the aggregation (0 for a linear layer).
-        weight_bytes: packed weight; weight_step_bytes: its steps; weight_fp32_bytes: the weight in FP32.
-        differing_codes, differing_operand_codes: codes of the input, and of the operand of the aggregation, that differ from the fake-quantized
-            model's, because float rounding decided a tie otherwise, here or in an earlier layer.
-    """
-
-    name: str
-    kind: str
-    average_bits: float
-    launches: int
-    code_bytes: int
-    input_fp32_bytes: int
-    step_bytes: int
-    operand_bytes: int
-    operand_fp32_bytes: int
-    weight_bytes: int
-    weight_step_bytes: int
-    weight_fp32_bytes: int
-    differing_codes: int
-    differing_operand_codes: int
-
-
-@dataclass(frozen=True)
-class FreezeReport:
-    """What freezing did, and how far the integer model is from the fake-quantized one.
-
-    Attributes:
-        layers: one record a layer.
-        max_difference: largest |integer - fake-quantized| logit; max_relative: the same over the largest |logit|.
-        mismatched_predictions: nodes whose largest logit is another.
-        ties: codes that differ, over all layers.
-        packed_bytes, fp32_bytes: codes of every feature map (inputs and operands), and the same maps in FP32.
-    """
-
-    layers: list[LayerReport]
-    max_difference: float
-    max_relative: float
-    mismatched_predictions: int
-    ties: int
-    packed_bytes: int
-    fp32_bytes: int
-
-
-@dataclass(frozen=True)
-class Bound:
-    """A frozen model's data: the packed input, the first layer's factor of every row, and the graph."""
-
-    x: QTensor
-    scale: Tensor
-    graph: Graph
-
-
-class IntegerModel(nn.Module):
-    """A frozen chain of integer layers.
-
-    ``model(x, edge_index)`` packs ``x`` and runs; ``model.bind(x, edge_index)`` packs once, and ``model()`` then runs on what was bound:
-    two kernel launches a GCN layer. Results are the same to the bit in every run and for every schedule.
-    """
-
-    def __init__(self, layers: list[IntegerLayer], tail: list[str]) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(layers)
-        self.tail = tail
-        self.bound: Bound | None = None
-        self.report: FreezeReport | None = None
-        self._places: weakref.WeakKeyDictionary[Graph, list[_Place]] = weakref.WeakKeyDictionary()
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> IntegerModel:
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch leaves Module._apply untyped
-        self._places.clear()
-        device = self.chain[0].weight.device
-        if self.bound is not None and self.bound.x.device != device:
-            self.bound = Bound(self.bound.x.to(device), self.bound.scale.to(device), self.bound.graph.to(device))
-        return self
-
-    @property
-    def chain(self) -> list[IntegerLayer]:
-        """The layers in the order in which they run."""
-        return [layer for layer in self.layers if isinstance(layer, IntegerLayer)]
-
-    def places(self, graph: Graph) -> list[_Place]:
-        """Every layer's view of a graph, remembered as long as the graph lives."""
-        if graph not in self._places:
-            self._places[graph] = [layer.place(graph) for layer in self.chain]
-        return self._places[graph]
-
-    def bind(self, x: Tensor, edge_index: Tensor | Graph) -> IntegerModel:
-        """Packs the input ``[N, in]`` once and keeps it with the graph; returns the model."""
-        graph = Graph.of(edge_index, x.size(0))
-        layer, place = self.chain[0], self.places(graph)[0]
-        packed = layer.pack_input(x, place.rows)
-        self.bound = Bound(packed, layer.scale(packed, place), graph)
-        return self
-
-    def forward(self, x: Tensor | None = None, edge_index: Tensor | Graph | None = None) -> Tensor:
-        """Logits, float32 ``[N, out]``, of ``x`` and ``edge_index``, or of what was bound.
+    def place(self, nodes: int, graph: LayerGraph | None) -> Place:
+        """Where the rows of a map of ``nodes`` nodes lie, remembered for the last graph.
 
         Raises:
-            ValueError: nothing is bound and nothing is given, or only one of ``x`` and ``edge_index``; ``x`` does not fit.
+            ValueError: there are steps for another number of nodes.
         """
-        out = self.trace(x, edge_index)[-1]
-        assert isinstance(out, Tensor)
-        for name in self.tail:
-            out = TAIL_FUNCTIONS[name](out)
-        return out
+        assert self.step is not None and self.bits is not None, "as it fuses"
+        if torch.compiler.is_compiling():
+            return self._place(nodes, graph)
+        known = self._known  # once: another thread may replace it
+        if known is not None:
+            owner, place = known
+            same = graph is None if owner is None else owner() is graph
+            if same and place.step.size(0) == nodes and place.step.device == self.step.device:
+                return place
+        place = self._place(nodes, graph)
+        self._known = (weakref.ref(graph) if isinstance(graph, Graph) else None, place)
+        return place
 
-    def trace(self, x: Tensor | None = None, edge_index: Tensor | Graph | None = None) -> list[QTensor | Tensor]:
-        """The packed input of every layer, then the output of the last: what :meth:`forward` computes on the way."""
-        layers = self.chain
-        if (x is None) != (edge_index is None):
-            raise ValueError("pass both x and edge_index, or neither to run on what was bound")
-        if x is None or edge_index is None:
-            if self.bound is None:
+    def _place(self, nodes: int, graph: LayerGraph | None) -> Place:
+        assert self.step is not None and self.bits is not None, "as it fuses"
+        if self.spec.coding == "node":
+            if self.step.numel() != nodes:
                 raise ValueError(
-                    "the model has no data bound: pass x and edge_index, or call bind(x, edge_index) first"
+                    f"layer {self.layer} has steps for {self.step.numel()} nodes, the graph has {nodes}: node-level A2Q is tied to its graph"
                 )
-            state: QTensor | Tensor = self.bound.x
-            graph = self.bound.graph
-            places = self.places(graph)
+            step, bits, counts = self.step, self.bits, self.counts
         else:
-            graph = Graph.of(edge_index, x.size(0))
-            places = self.places(graph)
-            state = layers[0].pack_input(x, places[0].rows)
-        states: list[QTensor | Tensor] = []
-        for i, (layer, place) in enumerate(zip(layers, places, strict=True)):
-            if isinstance(state, Tensor):
-                state = layer.pack_input(state, place.rows)
-            states.append(state)
-            bound = self.bound if self.bound is not None and state is self.bound.x else None
-            scale = layer.scale(state, place) if bound is None else bound.scale
-            following = (layers[i + 1], places[i + 1]) if i + 1 < len(layers) and layers[i + 1].fuses else None
-            state = layer.run(state, scale, graph, place, following)
-        return [*states, state]
+            step, bits = self.step.expand(nodes).contiguous(), self.bits.expand(nodes).contiguous()
+            counts = uniform_counts(nodes, self.container)
+        return Place(step, bits, counts, self.pos, self._scale(step, graph))
 
-    def launches(self) -> list[int]:
-        """Kernel launches of every layer on a bound input; hubs add one to clear their counters."""
-        layers = self.chain
-        counts = []
-        for layer, following in zip(layers, [*layers[1:], None], strict=True):
-            unfused = following is not None and (not following.fuses or layer.spec.kind == "linear")
-            counts.append((2 if layer.spec.kind == "gcn" else 1) + int(unfused))
-        return counts
+    def _scale(self, step: Tensor, graph: LayerGraph | None) -> Tensor:
+        if not self.spec.normalize:
+            return step
+        assert graph is not None, "as its layer has one"
+        return step * graph.inv_sqrt_degree
+
+    def layout(self, nodes: int) -> tuple[list[int], Tensor | None]:
+        """Rows of a map in each container, and their places."""
+        return (self.counts, self.pos) if self.spec.coding == "node" else (uniform_counts(nodes, self.container), None)
+
+    def widths(self, x: Tensor) -> Tensor:
+        """Widths of the rows of ``x``, uint8 ``[N]``."""
+        if self.bits is None or self.step is None:
+            return torch.ones(x.size(0), dtype=torch.uint8, device=x.device)
+        if self.spec.coding != "group":
+            return self.bits.expand(x.size(0))
+        largest = x.abs().amax(1) if x.size(1) else x.new_zeros(x.size(0))
+        return self.bits[nearest_group(largest, self.bounds, self.order)]
+
+    def forward(self, x: Tensor, graph: LayerGraph | None = None) -> Packed:
+        """``x`` ``[N, features]``; ``graph``, that of the layer, where it normalises.
+
+        Raises:
+            ValueError: ``x`` has another shape; a "binary" layer gets rows of several nonzero values; NaN or infinity (on a GPU under
+                ``QGNN_DEBUG=1`` only).
+        """
+        spec = self.spec
+        if not isinstance(x, Tensor) or x.dim() != 2 or x.size(1) != spec.features:
+            shape = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
+            raise ValueError(f"x of layer {self.layer} must be a tensor [N, {spec.features}], got {shape}")
+        x = x.detach().float()
+        if not torch.compiler.is_compiling() and (x.device.type == "cpu" or os.environ.get("QGNN_DEBUG") == "1"):
+            check_values(x, x.new_ones(1))
+        if spec.coding == "binary":
+            return self._binary(x, graph)
+        assert self.step is not None and self.bits is not None, "as it is not binary"
+        if spec.coding == "group":
+            data, step, _ = quantize_nearest(
+                x, self.bounds, self.order, self.step, self.bits, spec.signed, self.container
+            )
+            return Packed(data, self._scale(step, graph))
+        place = self.place(x.size(0), graph)
+        given = x if spec.signed else x.clamp_min(0)
+        data, *_ = quantize(given, place.step, place.bits, True, spec.signed, place.pos, place.counts, False)
+        return Packed(data, place.scale)
+
+    def _binary(self, x: Tensor, graph: LayerGraph | None) -> Packed:
+        if torch.compiler.is_compiling():
+            top = x.amax(1, keepdim=True)
+            valid = ((x == 0) | (x == top)).all() & (top >= 0).all()
+            torch._assert_async(valid, f"layer {self.layer} was trained on rows of 0 and one constant, and got others")
+            step = torch.where(top > 0, top, torch.ones_like(top)).squeeze(1)
+            bits = torch.ones_like(step, dtype=torch.uint8)
+        else:
+            codes = row_binary_codes(x)
+            step, bits = codes.step, codes.bits
+        data, *_ = quantize(x, step, bits, True, False, None, uniform_counts(x.size(0), 1), False)
+        return Packed(data, self._scale(step, graph))
+
+
+class Operand(Part):
+    """Packs a float map with a step per column, for a :class:`Sum`. Buffers: ``step`` (float32) and ``bits`` (uint8), ``[F]``."""
+
+    step: Tensor
+    bits: Tensor
+
+    def __init__(self, layer: str, step: Tensor, bits: Tensor) -> None:
+        super().__init__(layer)
+        self.keep(step=step, bits=bits)
+        self.container = container_of(int(self.bits.max()), True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x`` ``[N, F]`` -> packed rows, signed, in one container."""
+        if x.dim() != 2 or x.size(1) != self.step.numel():
+            raise ValueError(f"x of layer {self.layer} must be a tensor [N, {self.step.numel()}], got {list(x.shape)}")
+        if not torch.compiler.is_compiling() and (x.device.type == "cpu" or os.environ.get("QGNN_DEBUG") == "1"):
+            check_values(x, x.new_ones(1))
+        counts = uniform_counts(x.size(0), self.container)
+        data, *_ = quantize(x.detach().float(), self.step, self.bits, False, True, None, counts, False)
+        return data
+
+
+class Finisher(Part):
+    """A part that finishes its rows itself, in this order: column factor, bias, summand, ReLU, factor and shift of a batch normalisation after it;
+    then the codes of the part that reads them, if ``following`` holds one.
+
+    Buffers, float32 ``[F]``: ``column_scale``, and ``bias``, ``post_scale``, ``post_shift`` or None.
+    """
+
+    column_scale: Tensor
+    bias: Tensor | None
+    post_scale: Tensor | None
+    post_shift: Tensor | None
+
+    def __init__(self, layer: str, column_scale: Tensor, bias: Tensor | None) -> None:
+        super().__init__(layer)
+        self.keep(column_scale=column_scale.float(), bias=None if bias is None else bias.float())
+        self.keep(post_scale=None, post_shift=None)
+        self.relu = False
+        self.following: list[Codec | Operand] = []  # a list, as it is registered where it belongs
+
+    @property
+    def out_channels(self) -> int:
+        """Columns of the result."""
+        return self.column_scale.numel()
+
+    @property
+    def codec(self) -> Codec | None:
+        """The codec that it does the work of."""
+        return next((c for c in self.following if isinstance(c, Codec)), None)
+
+    def absorb_affine(self, scale: Tensor, shift: Tensor, summand: bool) -> None:
+        """Takes over ``x * scale + shift``, a batch normalisation of the result (A2Q eq. 18); before a ReLU without a summand it is part of the
+        column factor and the bias."""
+        if self.post_scale is not None and self.post_shift is not None:
+            self.keep(post_scale=self.post_scale * scale, post_shift=self.post_shift * scale + shift)
+        elif self.relu or summand:
+            self.keep(post_scale=scale, post_shift=shift)
+        else:
+            bias = shift if self.bias is None else self.bias * scale + shift
+            self.keep(column_scale=self.column_scale * scale, bias=bias)
+
+    def _after(self) -> tuple[bool, Tensor | None, Tensor | None]:
+        return self.relu, self.post_scale, self.post_shift
+
+    def _rows(self, nodes: int, graph: LayerGraph | None) -> tuple[str, Place | None]:
+        codec = self.codec
+        return ("float", None) if codec is None else ("rows", codec.place(nodes, graph))
+
+    def _result(self, out: Tensor, place: Place | None) -> Tensor | Packed:
+        return out if place is None else Packed(out, place.scale)
+
+
+def _codes(
+    place: Place | None, codec: Codec | None
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, list[int], bool]:
+    if place is None or codec is None:
+        return None, None, None, [0] * 5, False
+    return place.step, place.bits, place.pos, place.counts, codec.spec.signed
+
+
+class Product(Finisher):
+    """Packed rows times a packed weight.
+
+    Buffers: ``weight`` uint8, packed ``[out, in]`` in ``container`` (4 or 8) bits; those of :class:`Finisher`.
+    """
+
+    weight: Tensor
+
+    def __init__(
+        self, layer: str, codec: Codec, weight: Tensor, container: int, weight_step: Tensor, bias: Tensor | None
+    ) -> None:
+        super().__init__(layer, weight_step, bias)
+        self.keep(weight=weight)
+        self.codec_in: tuple[Codec, ...] = (codec,)  # registered where it belongs
+        self.container = container
+        ops.check_product_headroom(codec.spec.features)
+
+    def forward(self, x: Packed, addend: Tensor | None = None, following: LayerGraph | None = None) -> Tensor | Packed:
+        """Float32 ``[N, out]``, or what follows: :class:`Packed` rows, or the packed operand of a sum. ``addend`` ``[N, out]`` is added before
+        ReLU; ``following`` is the graph of the layer that reads the rows, where it normalises."""
+        codec, nodes = self.codec_in[0], rows_of(x)
+        counts, pos = codec.layout(nodes)
+        common = (
+            x.data, pos, counts, codec.spec.signed, 0, self.weight, self.container, codec.spec.features,
+            self.out_channels,
+        )  # fmt: skip
+        relu, post_scale, post_shift = self._after()
+        finish = (x.scale, self.column_scale, self.bias, addend, relu, post_scale, post_shift)
+        operand = next((o for o in self.following if isinstance(o, Operand)), None)
+        if operand is not None:
+            packed = uniform_counts(nodes, operand.container)
+            return matmul_packed(*common, "columns", *finish, operand.step, operand.bits, None, packed, True)
+        output, place = self._rows(nodes, following)
+        return self._result(matmul_packed(*common, output, *finish, *_codes(place, self.codec)), place)
+
+
+Norm = Literal["none", "gcn", "mean"]
+
+
+class Sum(Finisher):
+    """The sum of the packed rows of every node's neighbours, in int32: exact, in any order.
+
+    Buffers: ``self_scale``, ``[1]`` or None: what a node's own row is added with; those of :class:`Finisher`.
+
+    Args:
+        operand: what packs the rows.
+        norm: factor of the sum of a node: "gcn" ``D^-1/2``, "mean" one over the in-degree.
+    """
+
+    self_scale: Tensor | None
+
+    def __init__(
+        self, layer: str, operand: Operand, norm: Norm, bias: Tensor | None, self_scale: Tensor | None = None
+    ) -> None:
+        super().__init__(layer, operand.step, bias)
+        self.keep(self_scale=None if self_scale is None else self_scale.float().reshape(1))
+        self.operand: tuple[Operand, ...] = (operand,)  # registered where it belongs
+        self.norm = norm
+
+    def forward(
+        self, x: Tensor, graph: LayerGraph, addend: Tensor | None = None, following: LayerGraph | None = None
+    ) -> Tensor | Packed:
+        """``x``, what the :class:`Operand` packed -> float32 ``[N, F]``, or the rows that follow, whose layer has the graph ``following``.
+
+        Raises:
+            ValueError: a sum could overflow int32.
+        """
+        operand = self.operand[0]
+        if isinstance(graph, Graph):
+            ops.check_headroom(graph, operand.container - 1)
+        factor = {"none": None, "gcn": "inv_sqrt_degree", "mean": "inv_degree"}[self.norm]
+        output, place = self._rows(graph.num_nodes, following)
+        relu, post_scale, post_shift = self._after()
+        out = aggregate_packed(
+            graph.indptr, graph.indices, list(graph.schedule), x, operand.container, graph.num_sources,
+            self.out_channels, True, output, None if factor is None else getattr(graph, factor), self.self_scale,
+            self.column_scale, self.bias, addend, relu, post_scale, post_shift, *_codes(place, self.codec),
+        )  # fmt: skip
+        return self._result(out, place)
+
+
+class Attention(Finisher):
+    """Graph attention over packed rows: scores from the codes, softmax and weighted sum in float32 (DQ app. A.1), two launches.
+
+    Buffers: ``vectors`` float32 ``[2, heads * channels]``, attention vectors of source and target times the steps; those of :class:`Finisher`.
+    """
+
+    LAUNCHES = 2
+    vectors: Tensor
+
+    def __init__(
+        self, layer: str, operand: Operand, heads: int, negative_slope: float, vectors: Tensor, bias: Tensor | None
+    ) -> None:
+        super().__init__(layer, operand.step, bias)
+        self.keep(vectors=vectors.float())
+        self.operand: tuple[Operand, ...] = (operand,)  # registered where it belongs
+        self.heads, self.negative_slope = heads, negative_slope
+
+    def forward(
+        self,
+        x: Tensor,
+        graph: LayerGraph,
+        addend: Tensor | None = None,
+        following: LayerGraph | None = None,
+        target: Tensor | None = None,
+    ) -> Tensor | Packed:
+        """``x``, the packed rows of the sources, ``target``, those of the destinations where they are others -> float32 ``[N, heads * channels]``, or
+        the rows that follow."""
+        operand, heads = self.operand[0], self.heads
+        channels = self.out_channels // heads
+        scores = attention_scores(x, operand.container, graph.num_sources, heads, channels, self.vectors)
+        ends = (
+            scores
+            if target is None
+            else attention_scores(target, operand.container, graph.num_nodes, heads, channels, self.vectors)
+        )
+        output, place = self._rows(graph.num_nodes, following)
+        relu, post_scale, post_shift = self._after()
+        out = gat_packed(
+            graph.indptr, graph.indices, list(graph.schedule), x, operand.container, graph.num_sources, heads, channels,
+            scores[:, :heads], ends[:, heads:], self.negative_slope, output, self.column_scale, self.bias, addend, relu,
+            post_scale, post_shift, *_codes(place, self.codec),
+        )  # fmt: skip
+        return self._result(out, place)
+
+
+class Affine(Part):
+    """``x * scale + shift``: a batch normalisation that no part could take over. Buffers: float32 ``[F]``."""
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, layer: str, scale: Tensor, shift: Tensor) -> None:
+        super().__init__(layer)
+        self.keep(scale=scale.float(), shift=shift.float())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[N, F]`` -> ``[N, F]``."""
+        return x * self.scale + self.shift
+
+
+class Constant(Part):
+    """A parameter that float code between the parts reads. Buffer: ``value``."""
+
+    value: Tensor
+
+    def __init__(self, layer: str, value: Tensor) -> None:
+        super().__init__(layer)
+        self.keep(value=value)
+
+    def forward(self) -> Tensor:
+        """The tensor."""
+        return self.value

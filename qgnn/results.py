@@ -21,9 +21,9 @@ compression_with_steps      the same, the 32-bit steps counted too
 packed_bytes, fp32_bytes    bytes of the feature maps, as quantized and at FP32
 train_step_ms               time of a training step
 peak_memory_bytes           on a CPU what a training step keeps for backward, parameters not counted; on a GPU the allocator's peak
-integer_test_acc            test metric of the frozen integer model; null where :func:`qgnn.freeze` takes none, as the next three
-integer_mismatches          nodes that it predicts otherwise than the fake-quantized model
-integer_ties                codes of its feature maps that differ, because float rounding decided a tie
+integer_test_acc            test metric of the frozen integer model; null for schemes without integers, as the next three
+integer_mismatches          nodes or graphs that it predicts otherwise than the fake-quantized model
+integer_ties                codes of its feature maps that differ because float rounding decided a tie
 integer_max_relative        largest difference of a logit over the largest logit
 recipe                      settings of the run (:class:`qgnn.recipes.Recipe`)
 ==========================  ======================================================================================================

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -97,6 +97,14 @@ class Task(ABC):
     def evaluate(self, model: nn.Module) -> Scores:
         """The scores of a model."""
 
+    @abstractmethod
+    def example(self) -> Data:
+        """What a model is frozen on: the graph, or test graphs. Without edge weights, which training does not read."""
+
+    @abstractmethod
+    def evaluate_frozen(self, frozen: nn.Module) -> Scores:
+        """The scores of an integer model that is bound to the example."""
+
 
 class NodeTask(Task):
     """Nodes of one graph; every step computes on the whole graph. The teacher teaches all nodes.
@@ -130,6 +138,12 @@ class NodeTask(Task):
 
     def evaluate(self, model: nn.Module) -> Scores:
         return self.scores(model(self.x, self.data.edge_index))
+
+    def example(self) -> Data:
+        return Data(x=self.data.x, edge_index=self.data.edge_index)
+
+    def evaluate_frozen(self, frozen: nn.Module) -> Scores:
+        return self.scores(frozen())
 
     def scores(self, out: Tensor) -> Scores:
         """The scores of outputs ``[N, C]``."""
@@ -233,7 +247,17 @@ class GraphTask(Task):
         for batch in self._collated(spread):
             model(*batch.inputs)
 
+    def example(self) -> Data:
+        x, graph, batch, _ = self.test[0].inputs
+        return Data(x=x, edge_index=graph, batch=batch)
+
+    def evaluate_frozen(self, frozen: nn.Module) -> Scores:
+        return self._scores(lambda x, graph, batch, graphs: frozen(x, graph, batch))
+
     def evaluate(self, model: nn.Module) -> Scores:
+        return self._scores(model)
+
+    def _scores(self, model: Callable[..., Tensor]) -> Scores:
         (val, val_y), (test, test_y) = (
             (torch.cat([model(*batch.inputs) for batch in part]), torch.cat([batch.y for batch in part]))
             for part in (self.val, self.test)

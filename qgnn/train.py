@@ -47,7 +47,7 @@ class Run:
         record: one JSON record (:mod:`qgnn.results` lists its fields).
         model: the fake-quantized model with the weights of the best epoch, in eval mode.
         task: the data it was trained on, as training saw them, and how it is measured.
-        frozen: the integer model, bound to the graph; None for "fp32", for many graphs, and where :func:`qgnn.freeze` cannot.
+        frozen: the integer model, bound to the graph or to test graphs; None for "fp32", "fp16" and "bi", which have no integers.
         curve: for every epoch ``epoch``, ``phase``, the metric ``val`` and ``test``, the validation ``loss``, and ``bits``, the mean learned
             width, or None where none is learned.
     """
@@ -362,7 +362,7 @@ def train(
     checkpoint: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Run:
-    """Trains one model, and freezes it where that can be.
+    """Trains one model, and freezes it unless its scheme has no integers.
 
     Args:
         dataset: from :func:`qgnn.data.load`.
@@ -394,27 +394,18 @@ def train(
     trainer = Trainer(network, task, recipe, identity)
     trainer.run(checkpoint, progress)
     record = {**identity, "task": dataset.task, **_record(trainer)}
-    frozen = _frozen(network, task, parsed)
+    frozen = freeze(network, task.example()) if parsed.method in ("qat", "dq", "a2q") else None
     record |= _integer_record(frozen, task)
     return Run(record, network, task, frozen, trainer.progress.curve)
-
-
-def _frozen(model: nn.Module, task: Task, scheme: quant.Scheme) -> IntegerModel | None:
-    """The integer model of a GCN on one graph: the chains that :func:`qgnn.freeze` takes. It gets what training read, which is no edge weight."""
-    integers = scheme.method in ("qat", "dq", "a2q") and not scheme.groups
-    chain = isinstance(model, models.GCN) and not model.skip
-    if not (integers and chain and isinstance(task, NodeTask)):
-        return None
-    return freeze(model, Data(x=task.data.x, edge_index=task.data.edge_index))
 
 
 @torch.no_grad()
 def _integer_record(frozen: IntegerModel | None, task: Task) -> dict[str, float | None]:
     names = ("integer_test_acc", "integer_mismatches", "integer_ties", "integer_max_relative")
-    if frozen is None or frozen.report is None or not isinstance(task, NodeTask):
+    if frozen is None or frozen.report is None:
         return dict.fromkeys(names)
     report = frozen.report
-    values = (task.scores(frozen()).test, report.mismatched_predictions, report.ties, report.max_relative)
+    values = (task.evaluate_frozen(frozen).test, report.mismatched_predictions, report.ties, report.max_relative)
     return dict(zip(names, values, strict=True))
 
 

@@ -4,23 +4,36 @@ from __future__ import annotations
 
 import copy
 import gc
+import io
+import threading
+import weakref
 
+import numba
 import pytest
 import torch
 import torch.nn.functional as F
 import torch_geometric.nn as pyg
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch_geometric.data import Data
+from torch_geometric.data import Batch, Data, HeteroData
 
 import qgnn
-from qgnn import Graph
-from qgnn.freeze import _record, _report
+from qgnn import Graph, models
 from qgnn.nn import GCNConv
+from qgnn.parts import Codec, Operand, Product, Sum
 
 SCHEMES = ("int8", "int4", "dq-int8", "dq-int4", "a2q")
 FEATURES = ("binary", "normalised", "non-negative", "signed")
 NODES = 40
+PYG = {
+    "gcn": lambda: pyg.GCN(24, 16, 2, 5, dropout=0.5),
+    "gat": lambda: pyg.GAT(24, 16, 2, 5, heads=4, dropout=0.5),
+    "gin": lambda: pyg.GIN(24, 16, 2, 5, dropout=0.5),
+    "sage": lambda: pyg.GraphSAGE(24, 16, 2, 5, dropout=0.5),
+    "wide-sage": lambda: pyg.GraphSAGE(24, 40, 2, 5),
+    "gcn-bn-cat": lambda: pyg.GCN(24, 16, 3, 5, norm="batch_norm", jk="cat"),
+    "gin-bn": lambda: pyg.GIN(24, 16, 2, 5, norm="batch_norm"),
+}
 
 
 def graph_data(features: str = "signed", nodes: int = NODES) -> Data:
@@ -34,6 +47,10 @@ def graph_data(features: str = "signed", nodes: int = NODES) -> Data:
     return Data(x=x, edge_index=torch.randint(0, nodes, (2, 4 * nodes)))
 
 
+def inputs_of(data: Data) -> list[object]:
+    return [data.x, data.edge_index, *([data.batch] if "batch" in data else [])]
+
+
 def trained(model: nn.Module, scheme: str, data: Data, steps: int = 3) -> nn.Module:
     """A converted model after a few steps: fresh ranges and steps are exact ratios of the data, where ties abound."""
     model = qgnn.convert(model, scheme, num_nodes=data.num_nodes).train()
@@ -41,7 +58,7 @@ def trained(model: nn.Module, scheme: str, data: Data, steps: int = 3) -> nn.Mod
     with qgnn.use_backend("reference"):
         for _ in range(steps):
             optimizer.zero_grad()
-            model(data.x, data.edge_index).square().sum().backward()
+            model(*inputs_of(data)).square().sum().backward()
             optimizer.step()
     return model.eval()
 
@@ -60,19 +77,34 @@ def chain(model, x, edge_index):
     return model.second(model.first(x, edge_index).relu(), edge_index)
 
 
+class Pooled(nn.Module):
+    """A GIN for graphs, of PyG's parts."""
+
+    def __init__(self, pool=pyg.global_add_pool) -> None:
+        super().__init__()
+        self.gin, self.head, self.pool = pyg.GIN(24, 16, 2, norm="batch_norm"), pyg.MLP([16, 8, 3], norm=None), pool
+
+    def forward(self, x, edge_index, batch):
+        return self.head(self.pool(self.gin(x, edge_index), batch))
+
+
+def batch_data() -> Data:
+    return Batch.from_data_list([graph_data(nodes=n) for n in (7, 1, 12, 20)])
+
+
 def assert_agrees(model: nn.Module, data: Data, frozen: nn.Module) -> None:
     """Codes equal except counted ties, and logits within 1e-4 where there is none (NUMERICS 7)."""
     with torch.no_grad():
-        expected = model(data.x, data.edge_index)
+        expected = model(*inputs_of(data))
     report, out = frozen.report, frozen()
     difference = (out - expected).abs().max().item()
     assert report.max_difference == pytest.approx(difference)
     assert report.max_relative == pytest.approx(difference / expected.abs().max().item())
-    codes = sum(x.numel() for x in (s.codes() for s in frozen.trace()[:-1]))
-    assert report.ties <= 1e-3 * codes
     if report.ties == 0:
+        assert report.inherited == 0, "codes differ, and no tie explains it"
         assert report.max_relative < 1e-4
-        assert report.mismatched_predictions == 0
+        undecided = (expected.topk(2).values.diff().abs() <= 2 * difference).sum()
+        assert report.mismatched_predictions <= undecided
 
 
 @pytest.mark.parametrize("features", FEATURES)
@@ -82,28 +114,91 @@ def test_integer_model_is_the_fake_quantized_one(scheme, features):
     for seed in range(3):
         torch.manual_seed(seed)
         data = graph_data(features)
-        model = trained(pyg.GCN(24, 16, 2, 5, dropout=0.5), scheme, data)
+        model = trained(PYG["gcn"](), scheme, data)
         frozen = qgnn.freeze(model, data)
         assert_agrees(model, data, frozen)
         assert [r.launches for r in frozen.report.layers] == [2, 2]
-        assert frozen.chain[0].spec.coding == (
+        assert frozen.report.layers[0].coding == (
             "binary" if features in ("binary", "normalised") else "node" if scheme == "a2q" else "tensor"
         )
         ties += frozen.report.ties
     assert ties < 3
 
 
-@pytest.mark.parametrize("scheme", ["dq-int4", "a2q"])
-def test_on_every_backend(backend, scheme):
+@pytest.mark.parametrize("features", ["binary", "signed"])
+@pytest.mark.parametrize("scheme", ["int4", "dq-int8", "a2q", "a2q-nns-m20"])
+@pytest.mark.parametrize("kind", PYG)
+def test_models_of_pyg(kind, scheme, features):
+    torch.manual_seed(3)
+    data = graph_data(features)
+    model = trained(PYG[kind](), scheme, data)
+    frozen = qgnn.freeze(model, data)
+    assert_agrees(model, data, frozen)
+    # means of 0/1 features over few neighbours lie at borders exactly, where int8 rounds to even and integers away from zero
+    assert frozen.report.ties < (30 if kind == "wide-sage" and features == "binary" else 10)
+    assert frozen.report.layers and all(r.kind != "float" for r in frozen.report.layers)
+
+
+LAUNCHES = {
+    "gcn": {"convs.0": 2, "convs.1": 2},
+    "gat": {"convs.0": 2, "convs.0.lin": 1, "convs.1": 2, "convs.1.lin": 1},
+    "gin": {"convs.0": 1, "convs.0.nn.lins.0": 1, "convs.0.nn.lins.1": 1, "convs.1": 1, "convs.1.nn.lins.0": 1, "convs.1.nn.lins.1": 1},
+    # the second layer's input is read twice, with two steps: both codes are written by a kernel of their own
+    "sage": {"convs.0": 1, "convs.0.lin_r": 1, "convs.0.lin_l": 1, "convs.1": 1, "convs.1.lin_r": 2, "convs.1.lin_l": 2},
+    "gin-bn": {"convs.0": 1, "convs.0.nn.lins.0": 1, "convs.0.nn.lins.1": 1, "convs.1": 1, "convs.1.nn.lins.0": 1, "convs.1.nn.lins.1": 1},
+}  # fmt: skip
+
+
+class Operations(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.name())
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", LAUNCHES)
+def test_launches_are_those_reported(kind):
+    torch.manual_seed(4)
+    data = graph_data()
+    frozen = qgnn.freeze(trained(PYG[kind](), "a2q", data), data)
+    assert frozen.launches() == LAUNCHES[kind]
+    assert {r.name: r.launches for r in frozen.report.layers} == LAUNCHES[kind]
+    frozen()
+    with Operations() as ran, torch.no_grad():
+        frozen()
+    ours = [name for name in ran.names if name.startswith("qgnn::")]
+    assert len(ours) == sum(LAUNCHES[kind].values())
+
+
+@pytest.mark.parametrize("features", ["binary", "signed"])
+@pytest.mark.parametrize("scheme", ["dq-int8", "a2q"])
+def test_two_launches_a_layer_and_nothing_else(scheme, features):
+    torch.manual_seed(8)
+    data = graph_data(features)
+    frozen = qgnn.freeze(trained(pyg.GCN(24, 16, 3, 5), scheme, data), data)
+    frozen()
+    with Operations() as ran, torch.no_grad():
+        frozen()
+    assert ran.names == ["qgnn::matmul_packed", "qgnn::aggregate_packed"] * 3
+
+
+@pytest.mark.parametrize("kind", ["gcn", "gat", "gin", "wide-sage"])
+@pytest.mark.parametrize("scheme", ["dq-int4", "a2q", "a2q-nns-m5"])
+def test_on_every_backend(backend, kind, scheme):
     torch.manual_seed(4)
     data = graph_data(nodes=12)
-    model = trained(pyg.GCN(24, 9, 2, 5), scheme, data)
+    model = trained(PYG[kind](), scheme, data)
     with qgnn.use_backend("reference"):
         expected = qgnn.freeze(model, data)()
     data = data.to(backend)
     frozen = qgnn.freeze(model.to(backend), data)
-    assert torch.equal(frozen().cpu(), expected)
-    assert torch.equal(frozen(data.x, data.edge_index).cpu(), expected)
+    # attention is a float sum, in another order; integers are exact
+    tolerance = {"rtol": 1e-5, "atol": 1e-5} if kind == "gat" else {"rtol": 0, "atol": 0}
+    torch.testing.assert_close(frozen().cpu(), expected, **tolerance)
+    torch.testing.assert_close(frozen(data.x, data.edge_index).cpu(), expected, **tolerance)
 
 
 def test_linear_layers_and_a_softmax():
@@ -122,70 +217,88 @@ def test_linear_layers_and_a_softmax():
         model = trained(Mixed(), scheme, data)
         frozen = qgnn.freeze(model, data)
         assert_agrees(model, data, frozen)
-        assert [r.kind for r in frozen.report.layers] == ["linear", "gcn", "linear"]
-        assert frozen.tail == ["log_softmax"]
+        assert [(r.kind, r.launches) for r in frozen.report.layers] == [("linear", 1), ("gcn", 2), ("linear", 1)]
         torch.testing.assert_close(frozen().exp().sum(1), torch.ones(NODES))
 
 
+class Normed(nn.Module):
+    """Batch normalisations before and after a ReLU, and two in a row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.linear, self.last = pyg.GCNConv(24, 16), nn.Linear(16, 8), pyg.GCNConv(8, 5)
+        self.norms = nn.ModuleList([pyg.BatchNorm(16), nn.BatchNorm1d(16), nn.BatchNorm1d(8), nn.BatchNorm1d(8)])
+
+    def forward(self, x, edge_index):
+        before, after, one, two = self.norms
+        x = F.dropout(after(before(self.conv(x, edge_index)).relu()), 0.5, self.training)
+        return self.last(two(one(self.linear(x))), edge_index)
+
+
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_batch_normalisation_is_folded(scheme):
-    """A2Q eq. 18: the factors and shifts of both normalisations are in the epilogues; no launch is added, and the file keeps them."""
-
-    class Normed(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv, self.first, self.linear, self.second = (
-                pyg.GCNConv(24, 16),
-                pyg.BatchNorm(16),
-                nn.Linear(16, 5),
-                nn.BatchNorm1d(5),
-            )
-
-        def forward(self, x, edge_index):
-            return self.second(self.linear(F.dropout(self.first(self.conv(x, edge_index)).relu(), 0.5, self.training)))
-
+def test_batch_normalisation_is_folded(scheme, tmp_path):
+    """A2Q eq. 18: the factors and shifts of all normalisations are in the epilogues; no launch is added, and the file keeps them."""
     torch.manual_seed(11)
     data = graph_data()
     model = trained(Normed(), scheme, data)
     with torch.no_grad():
-        for norm in (model.first.module, model.second):
+        for norm in (model.norms[0].module, *model.norms[1:]):
             norm.weight.uniform_(-1, 2)
             norm.bias.normal_()
-        trained_range = model(data.x, data.edge_index)
+        model.train()(data.x, data.edge_index)  # ranges that fit
+        model.eval()
     frozen = qgnn.freeze(model, data)
-    assert trained_range.shape == (NODES, 5)
     assert_agrees(model, data, frozen)
-    assert [r.launches for r in frozen.report.layers] == [2, 1]
-    torch.testing.assert_close(
-        frozen.chain[1].norm_scale, model.second.weight * (model.second.running_var + 1e-5) ** -0.5
-    )
+    assert [r.launches for r in frozen.report.layers] == [2, 1, 2]
+    qgnn.save(frozen, tmp_path / "model")
+    assert torch.equal(qgnn.load(tmp_path / "model")(data.x, data.edge_index), frozen())
 
 
 def test_batch_normalisation_that_cannot_be_folded():
     torch.manual_seed(12)
     data = graph_data()
-    norm = nn.BatchNorm1d(16).eval()
-    model = trained(Net(lambda m, x, e: m.second(norm(m.first(x, e).relu()), e)), "int8", data)
-    with pytest.raises(ValueError, match=r"batch normalisation before its first layer or after a ReLU"):
-        qgnn.freeze(model, data)
-    model = trained(
-        Net(lambda m, x, e: m.second(F.batch_norm(m.first(x, e), None, None, training=True), e)), "int8", data
-    )
-    with pytest.raises(ValueError, match=r"with running statistics, in eval mode"):
-        qgnn.freeze(model, data)
+    model = Net(lambda m, x, e: m.second(m.norm(m.first(x, e)), e))
+    model.norm = nn.BatchNorm1d(16, track_running_stats=False)
+    with pytest.raises(ValueError, match=r"with running statistics; this one has none"):
+        qgnn.freeze(trained(model, "int8", data), data)
 
 
 @pytest.mark.parametrize("scheme", ["int8", "a2q"])
 @pytest.mark.parametrize(
     "arguments", [{"add_self_loops": False}, {"normalize": False}, {"bias": False}, {"improved": True}]
 )
-def test_variants_of_the_convolution(scheme, arguments):
+def test_variants_of_gcn(scheme, arguments):
     torch.manual_seed(6)
     data = graph_data()
     model = Net(chain)
     model.first, model.second = pyg.GCNConv(24, 16, **arguments), pyg.GCNConv(16, 5, **arguments)
     model = trained(model, scheme, data)
     assert_agrees(model, data, qgnn.freeze(model, data))
+
+
+@pytest.mark.parametrize("scheme", ["int8", "a2q"])
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (pyg.GATConv(24, 8, 2, concat=False, residual=True), pyg.GATConv(8, 5, residual=True, bias=False)),
+        (pyg.GATConv(24, 8, 2, negative_slope=0.5, add_self_loops=False, residual=True), pyg.GATConv(16, 5)),
+        (pyg.SAGEConv(24, 16, project=True, normalize=True), pyg.SAGEConv(16, 5, root_weight=False, aggr="add")),
+        (pyg.SAGEConv(24, 40, bias=False), pyg.SAGEConv(40, 5, normalize=True)),
+        (pyg.GINConv(nn.Linear(24, 16), eps=0.3, train_eps=True), pyg.GINConv(nn.Linear(16, 40), aggr="mean")),
+        (pyg.GINConv(nn.Sequential(nn.Linear(24, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 16))), pyg.GCNConv(16, 5)),
+    ],
+)  # fmt: skip
+def test_variants_of_other_convolutions(scheme, first, second):
+    torch.manual_seed(7)
+    data = graph_data()
+    model = Net(chain)
+    model.first, model.second = first, second
+    model = trained(model, scheme, data)
+    frozen = qgnn.freeze(model, data)
+    assert_agrees(model, data, frozen)
+    assert {r.name for r in frozen.report.layers if r.kind == "float"} == {
+        f"{name}.res" for name in ("first", "second") if getattr(model, name).__dict__.get("residual")
+    }
 
 
 def test_layer_without_relu_before_another():
@@ -196,22 +309,124 @@ def test_layer_without_relu_before_another():
         assert_agrees(model, data, qgnn.freeze(model, data))
 
 
-@pytest.mark.parametrize("features", ["binary", "signed"])
-@pytest.mark.parametrize("scheme", ["dq-int8", "a2q"])
-def test_two_launches_a_layer_and_nothing_else(scheme, features):
-    class Operations(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            names.append(function.name())
-            return function(*args, **(kwargs or {}))
+def skip(model, x, edge_index):
+    h = model.first(x, edge_index)
+    h = (model.middle(h.relu(), edge_index) + h).relu()
+    return F.log_softmax(model.second(h, edge_index) * 2 + h[:, :5].sigmoid(), -1)
 
-    torch.manual_seed(8)
-    data = graph_data(features)
-    frozen = qgnn.freeze(trained(pyg.GCN(24, 16, 3, 5), scheme, data), data)
-    frozen()
-    names: list[str] = []
-    with Operations(), torch.no_grad():
-        frozen()
-    assert names == ["qgnn::matmul_packed", "qgnn::aggregate_packed"] * 3
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_skip_connections_and_float_functions(scheme):
+    torch.manual_seed(13)
+    data = graph_data()
+    model = Net(skip)
+    model.middle = pyg.GCNConv(16, 16)
+    model = trained(model, scheme, data)
+    frozen = qgnn.freeze(model, data)
+    assert_agrees(model, data, frozen)
+    # the sum of the skip connection and its ReLU are in the epilogue; what two layers read is packed by a kernel of its own
+    assert [r.launches for r in frozen.report.layers] == [2, 3, 3]
+    targets = [str(node.target) for node in frozen.program.nodes]
+    assert "middle_sum" in targets and not any("add" in t for t in targets[: targets.index("second_product")])
+
+
+def test_a_summand_of_another_shape_is_not_taken_over():
+    torch.manual_seed(14)
+    data = graph_data()
+    model = trained(Net(lambda m, x, e: m.second((m.first(x, e) + x.sum(0)[:16]).relu(), e)), "int8", data)
+    frozen = qgnn.freeze(model, data)
+    assert_agrees(model, data, frozen)
+    assert [r.launches for r in frozen.report.layers] == [2, 3]
+
+
+@pytest.mark.parametrize(
+    "pool", [pyg.global_add_pool, pyg.global_mean_pool, pyg.global_max_pool, pyg.MeanAggregation()]
+)
+@pytest.mark.parametrize("scheme", ["int8", "a2q-nns-m20"])
+def test_models_of_graphs(scheme, pool):
+    torch.manual_seed(15)
+    data = batch_data()
+    model = trained(Pooled(pool), scheme, data)
+    frozen = qgnn.freeze(model, data)
+    assert frozen.inputs == ["x", "edge_index", "batch"]
+    assert_agrees(model, data, frozen)
+    unseen = Batch.from_data_list([graph_data(nodes=n) for n in (5, 9)])
+    with torch.no_grad():
+        expected = model(unseen.x, unseen.edge_index, unseen.batch)
+    out = frozen(unseen.x, unseen.edge_index, unseen.batch)
+    assert out.shape == (2, 3)
+    # a tie is worth at most a code of 4 or 8 bits
+    assert (out - expected).abs().max() <= 0.1 * expected.abs().max()
+
+
+@pytest.mark.parametrize("scheme", ["dq-int8", "a2q-nns-m20"])
+@pytest.mark.parametrize("kind", [models.GraphGCN, models.GraphGAT, models.GraphGIN, models.PooledGIN])
+def test_our_models_of_graphs(kind, scheme):
+    torch.manual_seed(16)
+    data = batch_data()
+    model = kind(24, 8, 3, 2, scheme=scheme)
+    for _ in range(3):
+        model(*inputs_of(data)).sum().backward()
+    model.eval()
+    frozen = qgnn.freeze(model, data)
+    assert_agrees(model, data, frozen)
+    if kind is models.PooledGIN:  # BatchNorm after ReLU and all
+        packs = 2 if scheme == "a2q-nns-m20" else 1
+        # the first Linear runs before the first sum, on codes that were bound
+        assert [r.launches for r in frozen.report.layers] == [1, 1, packs, 1, packs, packs, 2, packs]
+
+
+@pytest.mark.parametrize("scheme", ["int8", "a2q"])
+@pytest.mark.parametrize("kind", [models.GCN, models.GAT, models.GIN, models.GraphSAGE])
+def test_our_models_of_nodes(kind, scheme):
+    torch.manual_seed(17)
+    data = graph_data()
+    model = kind(24, 8, 5, 3, scheme=scheme, num_nodes=NODES, skip=True)
+    for _ in range(3):
+        model(data.x, data.edge_index).sum().backward()
+    model.eval()
+    assert_agrees(model, data, qgnn.freeze(model, data))
+
+
+def hetero_data() -> HeteroData:
+    data = HeteroData()
+    data["paper"].x, data["author"].x = torch.randn(20, 8), torch.randn(12, 6)
+    for source, name, target in (("author", "writes", "paper"), ("paper", "by", "author"), ("paper", "cites", "paper")):
+        ends = [torch.randint(0, data[kind].num_nodes, (50,)) for kind in (source, target)]
+        data[source, name, target].edge_index = torch.stack(ends)
+    return data
+
+
+@pytest.mark.parametrize("conv", [pyg.SAGEConv, lambda a, b: pyg.GATConv(a, b, add_self_loops=False)])
+def test_models_of_several_kinds_of_nodes(conv, tmp_path):
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = conv((-1, -1), 16), conv((-1, -1), 4)
+
+        def forward(self, x, edge_index):
+            return self.second(self.first(x, edge_index).relu(), edge_index)
+
+    torch.manual_seed(18)
+    data = hetero_data()
+    plain = pyg.to_hetero(Two(), data.metadata())
+    plain(data.x_dict, data.edge_index_dict)
+    model = qgnn.convert(plain, "int8").train()
+    for _ in range(3):
+        model(data.x_dict, data.edge_index_dict)
+    with torch.no_grad():
+        expected = model.eval()(data.x_dict, data.edge_index_dict)
+    frozen = qgnn.freeze(model, data)
+    assert frozen.report.ties + frozen.report.max_relative < 1e-4 or frozen.report.ties < 20
+    assert not frozen.floats
+    qgnn.save(frozen, tmp_path / "model")
+    loaded = qgnn.load(tmp_path / "model")(data.x_dict, data.edge_index_dict)
+    for kind, out in frozen().items():
+        assert torch.equal(loaded[kind], out)
+        assert (out - expected[kind]).abs().max() <= 0.05 * expected[kind].abs().max()
+
+
+# -- what is measured --------------------------------------------------------------------------------------------------------------------------
 
 
 def test_bytes_by_hand():
@@ -252,25 +467,61 @@ def test_bytes_reported_are_those_stored():
     torch.manual_seed(10)
     data = graph_data()
     frozen = qgnn.freeze(trained(pyg.GCN(24, 64, 2, 5), "a2q", data), data)
-    states = frozen.trace()
-    for record, state, layer in zip(frozen.report.layers, states, frozen.chain, strict=False):
-        assert record.code_bytes == state.data.untyped_storage().nbytes()
-        assert record.weight_bytes == layer.weight.untyped_storage().nbytes()
-        assert record.average_bits == state.bits.float().mean().item()
+    with frozen.recording() as outputs:
+        frozen(data.x, data.edge_index)
+    rows = [outputs["convs_0_codec"][0], outputs["convs_0_sum"][0]]
+    operands = [outputs["convs_0_product"][0], outputs["convs_1_product"][0]]
+    for i, record in enumerate(frozen.report.layers):
+        assert record.code_bytes == rows[i].data.untyped_storage().nbytes()
+        assert record.operand_bytes == operands[i].untyped_storage().nbytes()
+        assert record.weight_bytes == frozen.parts[f"convs_{i}_product"].weight.untyped_storage().nbytes()
+        assert record.average_bits == frozen.parts[f"convs_{i}_codec"].bits.float().mean().item()
 
 
-def test_differing_codes_of_inputs_and_operands_are_counted():
+def test_codes_that_differ_are_counted_with_their_reason(monkeypatch):
+    """A code changed where its value lies at a border is a tie; what changes because of it is inherited."""
     torch.manual_seed(1)
-    data = Data(x=torch.ones(2, 1), edge_index=torch.empty(2, 0, dtype=torch.long))
-    model = qgnn.convert(pyg.GCN(1, 1, 2, 1), "int8")
-    model(data.x, data.edge_index)
-    frozen = qgnn.freeze(model, data)
-    assert frozen.report.ties == 0
-    recorder, out = _record(model, data.x, data.edge_index)
-    recorder.operands[model.convs[0]] += 1  # as if float rounding had gone the other way, in both nodes
-    report = _report(frozen, recorder, out)
-    assert [(r.differing_codes, r.differing_operand_codes) for r in report.layers] == [(0, 2), (0, 0)]
-    assert report.ties == 2
+    data = graph_data()
+    model = trained(PYG["gcn"](), "int8", data)
+    clean = qgnn.freeze(model, data)
+    assert (clean.report.ties, clean.report.inherited) == (0, 0)
+    call = Codec.forward
+
+    def one_wrong(self, x, graph=None):
+        packed = call(self, x, graph)
+        if self.layer == "convs.0" and self.spec.normalize:
+            packed.data[0] += 1
+        return packed
+
+    monkeypatch.setattr(Codec, "forward", one_wrong)
+    report = qgnn.freeze(model, data).report
+    first = report.layers[0]
+    assert first.differing_codes == 1 and first.ties + first.inherited == 1 + first.differing_operand_codes
+    assert report.inherited >= first.differing_operand_codes > 0
+    assert first.max_difference > 0 and report.max_difference > clean.report.max_difference
+    monkeypatch.undo()
+    # values at the border of two codes: a step of 2 and odd values
+    part = Operand("layer", torch.full((24,), 2.0), torch.full((24,), 8, dtype=torch.uint8))
+    from qgnn.freeze import _map
+
+    values = torch.ones(3, 24)
+    data_bytes = part(values)
+    data_bytes[:24] -= 1
+    compared = _map(part, data_bytes, values, nn.Identity())
+    assert (int(compared.differing.sum()), compared.ties()) == (24, 24)
+
+
+def test_without_data_there_is_no_report():
+    torch.manual_seed(2)
+    data = graph_data()
+    model = trained(PYG["gin"](), "int8", data)
+    frozen = qgnn.freeze(model)
+    assert frozen.report is None and frozen.bound is None
+    assert frozen.inputs == ["x", "edge_index"]
+    assert torch.equal(frozen(data.x, data.edge_index), qgnn.freeze(model, data)())
+
+
+# -- the frozen model --------------------------------------------------------------------------------------------------------------------------
 
 
 def test_the_model_is_not_changed():
@@ -292,27 +543,59 @@ def test_the_model_is_not_changed():
         assert torch.equal(frozen(), out)  # nor does it share memory with it
 
 
-def test_bound_and_called_give_the_same_bits_every_time():
+@pytest.mark.parametrize("kind", ["gcn", "gat", "gin", "sage"])
+def test_bound_and_called_give_the_same_bits_every_time(kind):
     torch.manual_seed(12)
     data = graph_data()
-    for scheme in SCHEMES:
-        frozen = qgnn.freeze(trained(pyg.GCN(24, 16, 2, 5), scheme, data), data)
+    for scheme in ("int8", "a2q"):
+        frozen = qgnn.freeze(trained(PYG[kind](), scheme, data), data)
         out = frozen()
         assert torch.equal(frozen(), out)
         assert torch.equal(frozen(data.x, data.edge_index), out)
+        assert torch.equal(frozen(edge_index=data.edge_index, x=data.x), out)
         assert torch.equal(frozen(data.x.double(), Graph.from_edge_index(data.edge_index, NODES)), out)
-        assert torch.equal(frozen(data.x, Graph.from_edge_index(data.edge_index, NODES, sort=False)), out)
-        order = torch.randperm(data.num_edges)
-        assert torch.equal(frozen(data.x, data.edge_index[:, order]), out)  # integer sums do not depend on it
+        before = numba.get_num_threads()
+        try:
+            for threads in {1, before}:
+                numba.set_num_threads(threads)
+                assert torch.equal(frozen(), out)
+        finally:
+            numba.set_num_threads(before)
+        if kind != "gat":  # integer sums do not depend on the order of edges
+            assert torch.equal(frozen(data.x, Graph.from_edge_index(data.edge_index, NODES, sort=False)), out)
+            order = torch.randperm(data.num_edges)
+            assert torch.equal(frozen(data.x, data.edge_index[:, order]), out)
         assert frozen.bind(data.x, data.edge_index) is frozen
         assert torch.equal(frozen(), out)
         assert not out.requires_grad
 
 
-def test_unseen_graph_with_per_tensor_ranges():
+def test_concurrent_inference():
     torch.manual_seed(13)
     data, other = graph_data(), graph_data(nodes=23)
-    model = trained(pyg.GCN(24, 16, 2, 5), "dq-int8", data)
+    frozen = qgnn.freeze(trained(PYG["gcn"](), "int8", data), data)
+    expected = [frozen(), frozen(other.x, other.edge_index)]
+    wrong: list[str] = []
+
+    def work() -> None:
+        for _ in range(20):
+            results = [frozen(), frozen(other.x, other.edge_index.clone())]
+            if not all(torch.equal(a, b) for a, b in zip(results, expected, strict=True)):
+                wrong.append("another result")
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+@pytest.mark.parametrize("kind", ["gcn", "gat", "gin", "sage"])
+def test_unseen_graph_with_per_tensor_ranges(kind):
+    torch.manual_seed(13)
+    data, other = graph_data(), graph_data(nodes=23)
+    model = trained(PYG[kind](), "dq-int8", data)
     frozen = qgnn.freeze(model, data)
     with torch.no_grad():
         expected = model(other.x, other.edge_index)
@@ -325,19 +608,20 @@ def test_unseen_graph_with_per_tensor_ranges():
 def test_node_level_a2q_is_tied_to_its_graph():
     torch.manual_seed(14)
     data, other = graph_data(), graph_data(nodes=23)
-    frozen = qgnn.freeze(trained(pyg.GCN(24, 16, 2, 5), "a2q", data), data)
+    frozen = qgnn.freeze(trained(PYG["gcn"](), "a2q", data), data)
     with pytest.raises(
         ValueError, match=r"has steps for 40 nodes, the graph has 23: node-level A2Q is tied to its graph"
     ):
         frozen(other.x, other.edge_index)
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("kind", ["gcn", "gat", "gin", "sage"])
+@pytest.mark.parametrize("scheme", ["int8", "a2q"])
 @pytest.mark.parametrize("nodes", [0, 1])
-def test_tiny_graphs(scheme, nodes):
+def test_tiny_graphs(scheme, nodes, kind):
     torch.manual_seed(15)
     data = Data(x=torch.randn(nodes, 24), edge_index=torch.empty(2, 0, dtype=torch.long))
-    model = trained(pyg.GCN(24, 16, 2, 5), scheme, data)
+    model = trained(PYG[kind](), scheme, data, steps=1)
     frozen = qgnn.freeze(model, data)
     assert frozen().shape == (nodes, 5)
     assert frozen.report.ties == 0
@@ -346,110 +630,183 @@ def test_tiny_graphs(scheme, nodes):
 
 def test_moving_takes_the_bound_data_along():
     data = graph_data()
-    frozen = qgnn.freeze(trained(pyg.GCN(24, 16, 2, 5), "a2q", data), data).to("meta")
-    assert frozen.bound.x.device.type == frozen.bound.scale.device.type == frozen.bound.graph.device.type == "meta"
+    frozen = qgnn.freeze(trained(PYG["gcn"](), "a2q", data), data).to("meta")
+    assert {t.device.type for t in frozen.buffers()} == {"meta"}
+    packed, graph = (next(v for v in frozen.bound if isinstance(v, kind)) for kind in (tuple, Graph))
+    assert packed.data.device.type == packed.scale.device.type == graph.device.type == "meta"
+
+
+def test_copies_and_pickles():
+    data = graph_data()
+    frozen = qgnn.freeze(trained(PYG["sage"](), "a2q", data), data)
+    other = copy.deepcopy(frozen)
+    assert torch.equal(other(), frozen())
+    assert not {id(t) for t in other.buffers()} & {id(t) for t in frozen.buffers()}
+    file = io.BytesIO()
+    torch.save(frozen, file)
+    file.seek(0)
+    assert torch.equal(torch.load(file, weights_only=False)(data.x, data.edge_index), frozen())
 
 
 def test_graphs_are_not_kept_alive():
     torch.manual_seed(16)
     data = graph_data()
-    model = Net(lambda m, x, e: m.second(m.first(x, e).relu()))
-    model.second = nn.Linear(16, 5)
-    frozen = qgnn.freeze(trained(model, "int8", data), data)
-    for _ in range(4):
-        frozen(data.x, data.edge_index.clone())
+    frozen = qgnn.freeze(trained(PYG["gcn"](), "int8", data), data)
+    graph = Graph.from_edge_index(data.edge_index, NODES)
+    frozen(data.x, graph)
+    gone = weakref.ref(graph)
+    del graph
     gc.collect()
-    assert len(frozen._places) == 1
+    assert gone() is None
+
+
+@pytest.mark.parametrize("kind", ["gcn", "gat", "gin", "sage", "gcn-bn-cat"])
+def test_torch_compile_takes_the_whole_model(kind):
+    torch.manual_seed(20)
+    data, other = graph_data("binary"), graph_data("binary", nodes=23)
+    frozen = qgnn.freeze(trained(PYG[kind](), "int8", data), data)
+    torch._dynamo.reset()
+    compiled = torch.compile(frozen, fullgraph=True, backend="aot_eager", dynamic=True)
+    assert torch.equal(compiled(data.x, data.edge_index), frozen())
+    assert torch.equal(compiled(other.x, other.edge_index), frozen(other.x, other.edge_index))
+    if frozen.report.layers[0].coding == "binary":
+        with pytest.raises(RuntimeError, match=r"was trained on rows of 0 and one constant"):
+            compiled(torch.randn(23, 24), other.edge_index)
+    torch._dynamo.reset()
+    assert torch.equal(torch.compile(frozen, fullgraph=True, backend="eager")(), frozen())
+    graph = Graph.from_edge_index(data.edge_index, NODES)
+    frozen(data.x, graph)  # what is derived from a graph is derived at its first use
+    assert torch.equal(torch.compile(frozen, fullgraph=True, backend="eager")(data.x, graph), frozen())
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("kind", ["gcn", "gat", "gin", "sage", "pooled"])
+@pytest.mark.parametrize("scheme", ["int8", "a2q-nns-m20"])
+def test_export_round_trip(kind, scheme):
+    torch.manual_seed(21)
+    data = batch_data() if kind == "pooled" else graph_data()
+    frozen = qgnn.freeze(trained(Pooled() if kind == "pooled" else PYG[kind](), scheme, data), data)
+    nodes, edges = torch.export.Dim("nodes", min=2), torch.export.Dim("edges", min=2)
+    shapes = ({0: nodes}, {1: edges}, {0: nodes})[: len(frozen.inputs)]
+    program = torch.export.export(frozen, tuple(inputs_of(data)), dynamic_shapes=(shapes,))
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    file.seek(0)
+    loaded = torch.export.load(file).module()
+    assert torch.equal(loaded(*inputs_of(data)), frozen())
+    other = Batch.from_data_list([graph_data(nodes=n) for n in (5, 9)]) if kind == "pooled" else graph_data(nodes=23)
+    assert torch.equal(loaded(*inputs_of(other)), frozen(*inputs_of(other)))
+
+
+def test_a_cuda_graph_needs_a_gpu():
+    data = graph_data()
+    model = trained(PYG["gcn"](), "int8", data)
+    with pytest.raises(ValueError, match=r"a CUDA graph needs the model on a GPU"):
+        qgnn.freeze(model, data, cuda_graph=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("kind", ["gcn", "gat", "gin", "sage"])
+def test_a_cuda_graph_replays_the_launches(kind):
+    torch.manual_seed(22)
+    data = graph_data()
+    model = trained(PYG[kind](), "int8", data).to("cuda")
+    data = data.to("cuda")
+    frozen = qgnn.freeze(model, data, cuda_graph=True)
+    first = frozen()
+    assert torch.equal(first, frozen(data.x, data.edge_index))
+    assert torch.equal(frozen(), first)
+
+
+# -- what integers do not run ------------------------------------------------------------------------------------------------------------------
 
 
 def call_with_weights(model, x, edge_index):
-    return model.second(model.first(x, edge_index, edge_weight=torch.ones(edge_index.size(1))).relu(), edge_index)
+    return model.second(model.first(x, edge_index, edge_weight=torch.ones(160)).relu(), edge_index)
 
 
-def skip(model, x, edge_index):
-    h = model.first(x, edge_index).relu()
-    return model.second(h, edge_index) + h[:, :5]
+@pytest.mark.parametrize(
+    ("make", "name", "reason"),
+    [
+        (lambda: Net(call_with_weights), "first", "it uses edge weights; integer sums have none"),
+        (lambda: pyg.GraphSAGE(24, 16, 2, 5, aggr="max"), "convs.0", "max is no sum"),
+    ],
+)
+def test_layers_that_stay_in_float_are_listed(make, name, reason, caplog, tmp_path):
+    torch.manual_seed(23)
+    data = graph_data()
+    model = make()
+    if name == "convs.0":
+        model.convs[1] = pyg.GCNConv(16, 5)
+        model.supports_edge_weight = False
+    model = trained(model, "int8", data)
+    frozen = qgnn.freeze(model, data)
+    assert_agrees(model, data, frozen)
+    record = next(r for r in frozen.report.layers if r.name == name)
+    assert (record.kind, record.reason, record.launches) == ("float", reason, 0)
+    assert f"layer {name} stays in float: {reason}" in caplog.text
+    with pytest.raises(
+        ValueError, match=rf"save cannot write {name.replace('.', '_')} \(\w+Conv\), which stays in float"
+    ):
+        qgnn.save(frozen, tmp_path / "model")
 
 
-def set_a_row(model, x, edge_index):
-    h = model.first(x, edge_index).relu()
-    h[0] = 1.0
-    return model.second(h, edge_index)
+def test_skipped_layers_stay_in_float(tmp_path):
+    torch.manual_seed(24)
+    data = batch_data()
+    model = qgnn.convert(Pooled(), "int8", skip=("head",)).train()
+    for _ in range(3):
+        model(*inputs_of(data))
+    model.eval()
+    frozen = qgnn.freeze(model, data)
+    assert_agrees(model, data, frozen)
+    qgnn.save(frozen, tmp_path / "model")
+    assert torch.equal(qgnn.load(tmp_path / "model")(*inputs_of(data)), frozen())
 
 
 @pytest.mark.parametrize(
     ("forward", "message"),
     [
         (
-            lambda m, x, e: m.second(m.first(x, e).relu() + m.first.lin.weight.new_zeros(1), e),
-            "freeze cannot run .*add.* on integers; it takes chains",
-        ),
-        (lambda m, x, e: m.second(m.first(x, e).sigmoid(), e), "freeze cannot run sigmoid on integers"),
-        (set_a_row, "freeze cannot run __setitem__ on integers"),
-        (lambda m, x, e: m.second(F.relu(m.first(x, e)), e) * 2, "freeze cannot run .*mul.* on integers"),
-        (
-            lambda m, x, e: m.second(torch.cat([m.first(x, e)]), e),
-            "layer second does not take the output of the layer before it; .* without skip",
-        ),
-        (lambda m, x, e: m.second(x[:, :16], e), "freeze cannot run .*getitem.* on integers"),
-        (skip, "freeze cannot run .*add.* on integers"),
-        (
-            lambda m, x, e: m.second(m.first(x.relu(), e), e),
-            "applies relu before its first layer; apply it to the data instead",
-        ),
-        (
-            lambda m, x, e: m.second(m.first(x, e).softmax(-1), e),
-            "applies softmax between layers; integers run only BatchNorm and ReLU there",
-        ),
-        (
-            lambda m, x, e: m.second(m.first(x, e), e).log_softmax(0),
-            "takes log_softmax over the classes, dim=-1, got dim=0",
-        ),
-        (
-            lambda m, x, e: m.second(m.first(x, e).relu(), e.flip(0)),
-            "layer second uses other edges than the model was given",
-        ),
-        (call_with_weights, "layer first uses edge weights; integer sums have none"),
-        (
-            lambda m, x, e: torch.stack([m.second(m.first(x, e), e)])[0],
-            "the model's output is not that of its last layer",
+            lambda m, x, e: m.second(m.first(x, e).relu(), e) if x.sum() > 0 else m.first(x, e),
+            "freeze follows the forward code once for all inputs, and this code depends on values or sizes",
         ),
         (
             lambda m, x, e: m.second(F.dropout(m.first(x, e), 0.5), e),
-            "freeze needs the model in eval mode; a dropout changed its input",
+            r"here one is always on: pass training=self\.training",
         ),
+        (lambda m, x, e: x, "the model has no layer of qgnn that runs; convert it first"),
     ],
 )
-def test_what_integers_cannot_run(forward, message):
+def test_what_cannot_be_followed(forward, message):
     torch.manual_seed(17)
     data = graph_data()
-    model = qgnn.convert(Net(forward), "int8")
+    model = qgnn.convert(Net(forward), "int8").eval()
     with torch.no_grad():
-        model(data.x, data.edge_index)
+        chain(model, data.x, data.edge_index)
     with pytest.raises(ValueError, match=message):
         qgnn.freeze(model, data)
 
 
-@pytest.mark.parametrize("kind", [pyg.GAT, pyg.GIN, pyg.GraphSAGE])
-def test_convolutions_without_an_integer_layer_are_named(kind):
-    data = graph_data()
-    model = trained(kind(24, 8, 2, 5), "int8", data)
-    with pytest.raises(ValueError, match=r"convs.0 is a \w+Conv; freeze takes chains of GCNConv and Linear"):
-        qgnn.freeze(model, data)
-
-
-def test_groups_cannot_be_frozen():
-    data = graph_data()
-    with pytest.raises(ValueError, match=r"a2q-nns chooses steps as values come"):
-        qgnn.freeze(trained(Net(chain), "a2q-nns", data), data)
-
-
 def test_a_layer_used_twice():
+    torch.manual_seed(25)
     data = graph_data()
     model = Net(lambda m, x, e: m.first(m.first(x, e).relu(), e))
     model.first = pyg.GCNConv(24, 24)
-    with pytest.raises(ValueError, match=r"layer first is used twice; freeze takes chains"):
-        qgnn.freeze(trained(model, "int8", data, steps=1), data)
+    model = trained(model, "int8", data)
+    frozen = qgnn.freeze(model, data)
+    assert_agrees(model, data, frozen)
+    assert sum(isinstance(part, Product) for part in frozen.parts.values()) == 2
+
+
+def test_layers_over_other_edges():
+    torch.manual_seed(26)
+    data = graph_data()
+    model = trained(Net(lambda m, x, e: m.second(m.first(x, e).relu(), e.flip(0))), "int8", data)
+    frozen = qgnn.freeze(model, data)
+    assert_agrees(model, data, frozen)
+    assert sum(isinstance(part, Sum) for part in frozen.parts.values()) == 2
 
 
 def test_keyword_arguments_are_fine():
@@ -463,29 +820,23 @@ def test_keyword_arguments_are_fine():
 
 def test_models_that_are_not_ready():
     data = graph_data()
-    with pytest.raises(ValueError, match=r"the model has no GCNConv or Linear of qgnn; convert it first"):
-        qgnn.freeze(Identity(), data)
-    with pytest.raises(
-        ValueError, match=r"layer first is not quantized; convert the model with a scheme other than fp32"
-    ):
+    with pytest.raises(ValueError, match=r"layer first: GCNConv is no layer of qgnn; convert the model"):
+        qgnn.freeze(Net(chain), data)
+    with pytest.raises(ValueError, match=r"nothing in this model runs on integers; layer first: it is not quantized"):
         qgnn.freeze(qgnn.convert(Net(chain), "fp32"), data)
-    for scheme in SCHEMES:
+    for scheme in (*SCHEMES, "a2q-nns"):
         model = qgnn.convert(Net(chain), scheme, num_nodes=NODES)
         before = str(model.state_dict())
-        with pytest.raises(
-            ValueError, match=r"layer first has seen no data, so it has no steps yet; train the model first"
-        ):
+        with pytest.raises(ValueError, match=r"layer first has seen no data, .* train or calibrate the model first"):
             qgnn.freeze(model, data)
         assert str(model.state_dict()) == before
+    for scheme in ("fp16", "bi"):
+        with pytest.raises(ValueError, match=rf"layer first: scheme {scheme} is a float baseline"):
+            qgnn.freeze(trained(Net(chain), scheme, data), data)
     model = trained(Net(chain), "int8", data)
     qgnn.quant.set_enabled(model, False)
-    with pytest.raises(ValueError, match=r"layer first is not quantized"):
+    with pytest.raises(ValueError, match=r"layer first is not quantized: its quantizers are off"):
         qgnn.freeze(model, data)
-
-
-class Identity(nn.Module):
-    def forward(self, x, edge_index):
-        return x
 
 
 def test_data_that_do_not_fit():
@@ -493,10 +844,8 @@ def test_data_that_do_not_fit():
     data = graph_data()
     model = trained(Net(chain), "int8", data)
     frozen = qgnn.freeze(model, data)
-    with pytest.raises(ValueError, match=r"freeze needs data with x and edge_index"):
+    with pytest.raises(ValueError, match=r"freeze needs data with edge_index, which the model's forward takes"):
         qgnn.freeze(model, Data(x=data.x))
-    with pytest.raises(ValueError, match=r"data has edge weights; integer sums have none"):
-        qgnn.freeze(model, Data(x=data.x, edge_index=data.edge_index, edge_weight=torch.ones(data.num_edges)))
     bad = data.x.clone()
     bad[3, 4] = float("nan")
     with pytest.raises(ValueError, match=r"x\[3, 4\] is nan; quantization needs finite values"):
@@ -505,10 +854,11 @@ def test_data_that_do_not_fit():
         frozen(bad, data.edge_index)
     with pytest.raises(ValueError, match=r"x of layer first must be a tensor \[N, 24\], got \[40, 23\]"):
         frozen(data.x[:, 1:], data.edge_index)
-    with pytest.raises(ValueError, match=r"pass both x and edge_index, or neither to run on what was bound"):
-        frozen(data.x)
+    for arguments in ([data.x], [data.x, data.edge_index, None]):
+        with pytest.raises(ValueError, match=r"pass x and edge_index, or nothing to run on what was bound"):
+            frozen(*arguments)
     frozen.bound = None
-    with pytest.raises(ValueError, match=r"no data bound: pass x and edge_index, or call bind\(x, edge_index\) first"):
+    with pytest.raises(ValueError, match=r"no data bound: pass x, edge_index, or call bind\(x, edge_index\) first"):
         frozen()
     binary = graph_data("binary")
     frozen = qgnn.freeze(trained(Net(chain), "a2q", binary), binary)

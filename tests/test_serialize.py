@@ -5,10 +5,10 @@ from __future__ import annotations
 import io
 import json
 import re
-from dataclasses import fields
 
 import pytest
 import torch
+import torch.nn.functional as F
 import torch_geometric.nn as pyg
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -17,9 +17,8 @@ from torch_geometric.data import Data
 
 import qgnn
 from qgnn import serialize
-from qgnn.integer import LayerSpec
 
-SCHEMES = ("int8", "dq-int4", "a2q")
+SCHEMES = ("int8", "dq-int4", "a2q", "a2q-nns-m20")
 
 
 def sealed(tensors, path, text):
@@ -31,7 +30,7 @@ def sealed(tensors, path, text):
             text = json.dumps({**described, "sha256": serialize._digest(described, tensors)})
     except (ValueError, RecursionError):
         pass  # no JSON: that is the test
-    save_file(tensors, path, metadata={"qgnn": text})
+    save_file(tensors, path, metadata={"qgnn": serialize.pack_header(text)})
 
 
 class Mixed(nn.Module):
@@ -59,19 +58,40 @@ def saved(tmp_path_factory):
     with qgnn.use_backend("reference"):
         qgnn.save(frozen_model()[0], path)
     with safe_open(path, framework="pt") as file:
-        return path, {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["qgnn"])  # noqa: SIM118
+        header = json.loads(serialize.unpack_header(file.metadata()["qgnn"]))
+        return path, {name: file.get_tensor(name) for name in file.keys()}, header  # noqa: SIM118
+
+
+class Float(nn.Module):
+    """Float functions, parameters and methods between and after layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.head = pyg.GCNConv(20, 9), nn.LayerNorm(9), nn.Linear(9, 3)
+        self.scale = nn.Parameter(torch.rand(9))
+
+    def forward(self, x, edge_index):
+        h = F.leaky_relu(self.norm(self.conv(x, edge_index)), 0.1)
+        h = torch.cat([h[:, :4], (h * self.scale)[:, 4:].view(x.shape[0], -1)], dim=-1)
+        return self.head(F.elu(h)).softmax(dim=-1)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("make", [lambda: pyg.GCN(20, 9, 2, 3), Mixed])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: pyg.GCN(20, 9, 2, 3), lambda: pyg.GAT(20, 8, 2, 3, heads=2), lambda: pyg.GIN(20, 9, 2, 3, norm="batch_norm"),
+        lambda: pyg.GraphSAGE(20, 9, 3, 3, jk="max"), Mixed, Float,
+    ],
+)  # fmt: skip
 def test_round_trip(tmp_path, scheme, make):
     frozen, data = frozen_model(scheme, make())
     path = tmp_path / "model.safetensors"
     qgnn.save(frozen, path)
     loaded = qgnn.load(path)
     assert loaded.bound is None
-    assert [layer.spec for layer in loaded.chain] == [layer.spec for layer in frozen.chain]
-    assert loaded.tail == frozen.tail
+    assert loaded.inputs == frozen.inputs
+    assert loaded.launches() == frozen.launches()
     assert list(loaded.state_dict()) == list(frozen.state_dict())
     for name, value in frozen.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], value), name
@@ -80,6 +100,43 @@ def test_round_trip(tmp_path, scheme, make):
     again = tmp_path / "again.safetensors"
     qgnn.save(loaded, str(again))
     assert again.read_bytes() == path.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (lambda h: torch.fft.fft(h).real, "save cannot write fft_fft, which the model calls"),
+        (lambda h: h.cumsum(0), "save cannot write the method cumsum, which the model calls"),
+        (lambda h: h.masked_fill(h > 1j.imag, 0).sum(0, dtype=torch.complex64).real, r"save cannot write the argument torch.complex64"),
+    ],
+)  # fmt: skip
+def test_what_the_format_has_no_place_for(tmp_path, function, message):
+    class Other(Mixed):
+        def forward(self, x, edge_index):
+            return self.head(function(self.conv(x, edge_index)).relu())
+
+    model = qgnn.convert(Other(), "int8")
+    data = Data(x=torch.randn(12, 20), edge_index=torch.randint(0, 12, (2, 40)))
+    with torch.no_grad():
+        model.head(model.conv(data.x, data.edge_index))
+    frozen = qgnn.freeze(model)
+    with pytest.raises(ValueError, match=message):
+        qgnn.save(frozen, tmp_path / "model")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", [pyg.GCN, pyg.GIN, pyg.GraphSAGE, pyg.GAT])
+def test_files_of_4_bits_are_a_sixth_of_fp32(tmp_path, kind):
+    """At Cora's size, with 16 hidden features; the state dict of PyG's model counts 4 bytes a parameter."""
+    torch.manual_seed(2)
+    data = Data(x=(torch.rand(30, 1433) > 0.9).float(), edge_index=torch.randint(0, 30, (2, 90)))
+    plain = kind(1433, 16, 2, 7)
+    model = qgnn.convert(plain, "int4")
+    with torch.no_grad():
+        model(data.x, data.edge_index)
+    qgnn.save(qgnn.freeze(model, data), tmp_path / "model")
+    state = sum(4 * t.numel() for t in plain.state_dict().values())
+    assert (tmp_path / "model").stat().st_size <= state / 6
 
 
 def test_binary_input_round_trip(tmp_path):
@@ -96,7 +153,7 @@ def test_the_file_holds_little_more_than_the_packed_tensors(saved):
     path, tensors, description = saved
     size = sum(t.numel() * t.element_size() for t in tensors.values())
     assert path.stat().st_size < size + 4096
-    assert (description["format"], description["version"]) == ("qgnn-integer-model", 1)
+    assert (description["format"], description["version"]) == ("qgnn-integer-model", 2)
 
 
 def refused(path) -> str:
@@ -144,6 +201,9 @@ def test_nothing_is_unpickled(tmp_path):
         assert "is damaged or no qgnn model" in refused(path)
 
 
+V2 = '"format": "qgnn-integer-model", "version": 2, "kinds": {}, "floats": {}, "repeated": {}'
+
+
 @pytest.mark.parametrize(
     ("header", "message"),
     [
@@ -151,57 +211,80 @@ def test_nothing_is_unpickled(tmp_path):
         ("[" * 100_000, "is not a qgnn model that this version reads"),
         ("[]", "its header describes no frozen model"),
         ("{}", "its header describes no frozen model"),
-        ('{"format": "qgnn-integer-model"}', "it has format version None, this is version 1"),
-        ('{"format": "qgnn-integer-model", "version": 2}', "it has format version 2, this is version 1"),
-        ('{"format": "qgnn-integer-model", "version": 1}', "is not a qgnn model that this version reads"),
-        ('{"format": "qgnn-integer-model", "version": 1, "layers": 5, "tail": []}', "is not a qgnn model"),
-        ('{"format": "qgnn-integer-model", "version": 1, "layers": [5], "tail": []}', "is not a qgnn model"),
-        ('{"format": "qgnn-integer-model", "version": 1, "layers": [{}], "tail": []}', "layer 0 is described by"),
-        ('{"format": "qgnn-integer-model", "version": 1, "layers": [], "tail": []}', "unknown tensors layers.0.bias"),
+        ('{"format": "qgnn-integer-model"}', "it has format version None, this is version 2"),
+        ('{"format": "qgnn-integer-model", "version": 1}', "it has format version 1, this is version 2"),
+        ('{"format": "qgnn-integer-model", "version": 2}', "is not a qgnn model that this version reads"),
+        (f'{{{V2}, "parts": 5, "program": []}}', "is not a qgnn model"),
+        (f'{{{V2}, "parts": {{"a": 5}}, "program": []}}', "is not a qgnn model"),
+        (f'{{{V2}, "parts": {{"a": {{"type": "exec", "layer": ""}}}}, "program": []}}', "part a is of an unknown type 'exec'"),
+        (f'{{{V2}, "parts": {{}}, "program": []}}', "unknown tensors parts.convs_0_codec.bits"),
     ],
-)
+)  # fmt: skip
 def test_headers_of_other_kinds(saved, tmp_path, header, message):
     path = tmp_path / "model"
     sealed(saved[1], path, header)
     assert message in refused(path)
 
 
+def test_headers_that_are_not_packed(saved, tmp_path):
+    path = tmp_path / "model"
+    for text in ("not base64 \u00e9", "bm90IHppcHBlZA==", ""):
+        save_file(saved[1], path, metadata={"qgnn": text})
+        assert "its header describes no frozen model" in refused(path) or "this version reads" in refused(path)
+    save_file(saved[1], path, metadata={"qgnn": serialize.pack_header(" " * (2**26 + 1))})
+    assert "its header is longer than" in refused(path)
+
+
 WRONG = {
-    "name": 5, "kind": "gat", "in_channels": 21, "out_channels": -9, "weight_container": 2, "operand_container": 16, "coding": "other",
-    "signed": "no", "relu": 1, "normalize": None, "add_self_loops": [],
+    "type": "exec", "layer": 5, "coding": "other", "features": -9, "signed": "no", "normalize": None, "relu": 1, "following": 7,
+    "codec": "convs_0_sum", "container": 2, "operand": "convs_0_codec", "norm": "max",
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", [f.name for f in fields(LayerSpec)])
-def test_tampered_descriptions(saved, tmp_path, name):
-    description = json.loads(json.dumps(saved[2]))
-    for value in (WRONG[name], {}, 2.5):
-        description["layers"][0][name] = value
-        path = tmp_path / "model"
+@pytest.mark.parametrize("part", ["convs_0_codec", "convs_0_product", "convs_0_operand", "convs_1_sum"])
+def test_tampered_descriptions(saved, tmp_path, part):
+    path = tmp_path / "model"
+    for name in saved[2]["parts"][part]:
+        for value in (WRONG[name], {}, 2.5):
+            description = json.loads(json.dumps(saved[2]))
+            description["parts"][part][name] = value
+            sealed(saved[1], path, json.dumps(description))
+            assert "is not a qgnn model that this version reads: " in refused(path)
+        del description["parts"][part][name]
         sealed(saved[1], path, json.dumps(description))
-        assert "is not a qgnn model that this version reads: layer " in refused(path)
-    del description["layers"][0][name]
-    sealed(saved[1], path, json.dumps(description))
-    assert "layer 0 is described by" in refused(path)
+        assert "is not a qgnn model that this version reads: " in refused(path)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda d: d.update(tail=["exec"]), "unknown functions ['exec']"),
-        (lambda d: d.update(tail=7), "is not a qgnn model"),
-        (lambda d: d.update(tail=[["softmax"]]), "is not a qgnn model"),
-        (lambda d: d.pop("tail"), "is not a qgnn model"),
-        (lambda d: d["layers"].pop(), "unknown tensors layers.1.bias"),
-        (lambda d: d["layers"].append(d["layers"][1]), "layer 2 takes 9 features, the one before gives 3"),
-        (lambda d: d["layers"].reverse(), "layer convs.1 needs tensors"),
-        (lambda d: d["layers"][0].update(extra=1), "layer 0 is described by"),
-        (lambda d: d["layers"][0].update(coding="binary"), "needs tensors"),
-        (lambda d: d["layers"][0].update(coding="tensor"), "needs tensors"),
-        (lambda d: d["layers"][0].update(kind="linear"), "needs tensors"),
+        (lambda d: d.pop("kinds"), "is not a qgnn model"),
+        (lambda d: d.update(floats={"a": 1}), "kinds and floats are not names"),
+        (lambda d: d["parts"].pop("convs_1_sum"), "unknown tensors parts.convs_1_sum.bias"),
+        (lambda d: d["parts"]["convs_0_sum"].update(extra=1), "part convs_0_sum is described by"),
+        (lambda d: d["parts"]["convs_0_codec"].update(coding="binary"), "needs tensors"),
+        (lambda d: d["parts"]["convs_0_sum"].update(following=["convs_0_codec"]), "reads 20 others"),
+        (lambda d: d["parts"]["convs_0_sum"].update(operand="convs_1_operand"), "has 9 columns, its operand 3"),
+        (lambda d: d["repeated"].update({"parts.convs_0_codec.step": [12]}), "repeats parts.convs_0_codec.step"),
+        (lambda d: d["repeated"].update({"other": [9]}), "it repeats the values of tensors that it lacks"),
+        (lambda d: d["program"].clear(), "a program has one output"),
+        (lambda d: d["program"].append(d["program"][0]), "two steps are called x"),
+        (lambda d: d["program"].append(["a b", "placeholder", "x", [True], {"dict": {}}]), "two steps are called a b, or it is no name"),
+        (lambda d: d["program"].insert(0, ["a", "call_function", "os.system", [True], {"dict": {}}]), "unknown call_function 'os.system'"),
+        (lambda d: d["program"].insert(0, ["a", "call_method", "apply_", [True], {"dict": {}}]), "unknown call_method 'apply_'"),
+        (lambda d: d["program"].insert(0, ["a", "call_module", "b", [True], {"dict": {}}]), "unknown call_module 'b'"),
+        (lambda d: d["program"].insert(0, ["a", "get_attr", "b", [True], {"dict": {}}]), "unknown get_attr 'b'"),
+        (lambda d: d["program"].insert(0, ["a", "placeholder", "import os", [True], {"dict": {}}]), "unknown placeholder 'import os'"),
+        (
+            lambda d: d["program"].insert(1, ["a", "call_function", "getattr", [True, {"node": "x"}, "__class__"], {"dict": {}}]),
+            "reads the attribute '__class__'",
+        ),
+        (lambda d: d["program"].insert(0, ["a", "call_method", "view", [True, {"node": "z"}], {"dict": {}}]), "this version reads: 'z'"),
+        (lambda d: d["program"].insert(0, ["a", "call_method", "view", [True, {"other": 1}], {"dict": {}}]), "an argument is {'other': 1}"),
+        (lambda d: d["program"].insert(0, ["a"]), "is not a qgnn model"),
     ],
-)
-def test_tampered_layers(saved, tmp_path, change, message):
+)  # fmt: skip
+def test_tampered_programs(saved, tmp_path, change, message):
     description = json.loads(json.dumps(saved[2]))
     change(description)
     path = tmp_path / "model"
@@ -212,41 +295,32 @@ def test_tampered_layers(saved, tmp_path, change, message):
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        ("layers.0.weight", lambda t: t[:-1], "layer convs.0 needs tensors"),
-        ("layers.0.weight", lambda t: t.view(1, -1), "needs tensors"),
-        ("layers.0.weight", lambda t: t.to(torch.int8), "needs tensors"),
-        (
-            "layers.0.weight_step",
-            lambda t: -t,
-            "layer convs.0: weight_step has values that are not positive and finite",
-        ),
-        ("layers.0.weight_step", lambda t: t.double(), "needs tensors"),
-        ("layers.0.operand_step", lambda t: t * 0, "operand_step has values that are not positive and finite"),
-        (
-            "layers.1.input_step",
-            lambda t: t * float("nan"),
-            "layer convs.1: input_step has values that are not positive",
-        ),
-        ("layers.1.input_step", lambda t: t[:-1], "needs tensors"),
-        ("layers.1.input_step", lambda t: t / 0, "input_step has values that are not positive and finite"),
-        ("layers.1.input_bits", lambda t: t + 9, "input_bits has widths above 8"),
-        ("layers.1.operand_bits", lambda t: t + 4, "operand_bits has widths above 4"),
-        ("layers.1.bias", lambda t: t.half(), "needs tensors"),
-        ("layers.1.bias", lambda t: t * float("inf"), "layer convs.1: bias has values that are not finite"),
-        ("layers.0.input_step", None, "needs tensors"),
-        ("layers.0.weight", None, "needs tensors"),
-        ("layers.2.weight", lambda t: torch.ones(3), "unknown tensors layers.2.weight"),
-        ("layers.0.other", lambda t: torch.ones(3), "needs tensors"),
+        ("convs_0_product.weight", lambda t: t[:-1], "part convs_0_product needs tensors"),
+        ("convs_0_product.weight", lambda t: t.view(1, -1), "needs tensors"),
+        ("convs_0_product.weight", lambda t: t.to(torch.int8), "needs tensors"),
+        ("convs_0_product.column_scale", lambda t: t / 0, "column_scale has values that are not finite"),
+        ("convs_0_product.column_scale", lambda t: t.double(), "needs tensors"),
+        ("convs_0_operand.step", lambda t: t * 0, "part convs_0_operand: step has values that are not positive"),
+        ("convs_1_codec.step", lambda t: t * float("nan"), "part convs_1_codec: step has values that are not finite"),
+        ("convs_1_codec.step", lambda t: t[:-1], "needs tensors"),
+        ("convs_1_codec.bits", lambda t: t + 9, "bits has widths above 8"),
+        ("convs_1_sum.bias", lambda t: torch.zeros(3).half(), "needs tensors"),
+        ("convs_1_sum.other", lambda t: torch.ones(3), "needs tensors"),
+        ("convs_0_codec.step", None, "needs tensors"),
+        ("convs_0_product.weight", None, "needs tensors"),
+        ("other.weight", lambda t: torch.ones(3), "unknown tensors parts.other.weight"),
     ],
 )
 def test_tampered_tensors(saved, tmp_path, name, change, message):
-    tensors = dict(saved[1])
+    tensors, description = dict(saved[1]), json.loads(json.dumps(saved[2]))
+    name = f"parts.{name}"
+    description["repeated"].pop(name, None)
     if change is None:
         del tensors[name]
     else:
         tensors[name] = change(tensors.get(name)).contiguous()
     path = tmp_path / "model"
-    sealed(tensors, path, json.dumps(saved[2]))
+    sealed(tensors, path, json.dumps(description))
     assert message in refused(path)
 
 
