@@ -15,6 +15,7 @@ __all__ = [
     "QTensor",
     "__version__",
     "accel",
+    "calibrate",
     "convert",
     "data",
     "freeze",
@@ -22,6 +23,7 @@ __all__ = [
     "load",
     "nn",
     "ops",
+    "patch_pyg",
     "quant",
     "save",
     "train",
@@ -32,19 +34,23 @@ _MODULES = ("accel", "data", "kernels", "nn", "ops", "quant", "train")
 _DEFINED_IN = {
     "Graph": "graph",
     "QTensor": "qtensor",
+    "calibrate": "calibrate",
     "convert": "convert",
     "freeze": "freeze",
     "load": "serialize",
+    "patch_pyg": "patch",
     "save": "serialize",
     "use_backend": "kernels.backend",
 }
 
 if TYPE_CHECKING:
     from qgnn import accel, data, kernels, nn, ops, quant, train
+    from qgnn.calibrate import calibrate
     from qgnn.convert import convert
     from qgnn.freeze import freeze
     from qgnn.graph import Graph
     from qgnn.kernels.backend import use_backend
+    from qgnn.patch import patch_pyg
     from qgnn.qtensor import QTensor
     from qgnn.serialize import load, save
 else:

@@ -252,8 +252,8 @@ def test_feature_maps_of_every_layer():
     x, edges = graph_data()
     model = nn.ModuleDict(
         {
-            "gat": qgnn.convert(pyg.GATConv(FEATURES, OUT, heads=2), "a2q", NODES),
-            "gin": qgnn.convert(pyg.GINConv(gin_nn(True)), "a2q", NODES),
+            "gat": qgnn.convert(pyg.GATConv(FEATURES, OUT, heads=2), "a2q", num_nodes=NODES),
+            "gin": qgnn.convert(pyg.GINConv(gin_nn(True)), "a2q", num_nodes=NODES),
             "sage": qgnn.convert(pyg.SAGEConv(FEATURES, OUT), "dq-int4"),
         }
     )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import torch_geometric.nn as pyg
 from torch import Tensor, nn
+from torch_geometric import EdgeIndex
 
 from .. import ops
 from ..features import SparseFeatures
@@ -20,6 +22,32 @@ _MESSAGE_PASSING_DEFAULTS = {
 }
 REDUCTIONS = {"add": "sum", "sum": "sum", "mean": "mean", "max": "max", "min": "min"}
 """PyG's names of aggregations, and ours."""
+_MODULES = {
+    pyg.SumAggregation: "sum",
+    pyg.MeanAggregation: "mean",
+    pyg.MaxAggregation: "max",
+    pyg.MinAggregation: "min",
+}
+
+
+class QuantizedConv:
+    """What a convolution that extends PyG's changes about it besides ``forward``.
+
+    Extending PyG's class makes ``isinstance`` hold and ``to_hetero`` see a convolution. The messages of PyG's ``propagate`` are never made, so what
+    works on these messages is refused.
+    """
+
+    __repr__ = nn.Module.__repr__
+
+    @property
+    def explain(self) -> bool:
+        """Whether PyG's explainers mask the messages: never."""
+        return False
+
+    @explain.setter
+    def explain(self, explain: bool | None) -> None:
+        if explain:
+            raise ValueError("a quantized convolution has no messages to mask; explain the model before convert")
 
 
 def check_message_passing(arguments: dict[str, object]) -> None:
@@ -41,10 +69,17 @@ def check_features(name: str, x: object, channels: int) -> None:
 
 
 def check_reduction(aggr: object) -> str:
-    """The reduction of PyG's ``aggr``; ValueError for one that has no integer sum behind it."""
-    if aggr not in REDUCTIONS:
+    """The reduction of PyG's ``aggr``, a name or a module; ValueError for one that has no integer sum behind it."""
+    if type(aggr) in _MODULES:
+        return _MODULES[type(aggr)]
+    if not isinstance(aggr, str) or aggr not in REDUCTIONS:
         raise ValueError(f"aggr={aggr!r} is not supported; choose one of {', '.join(REDUCTIONS)}")
-    return REDUCTIONS[str(aggr)]
+    return REDUCTIONS[aggr]
+
+
+def edges_of(edge_index: Tensor | Graph) -> Tensor | Graph:
+    """``edge_index`` without PyG's EdgeIndex around it, which has no memory address to remember its graph by."""
+    return edge_index.as_tensor() if isinstance(edge_index, EdgeIndex) else edge_index
 
 
 def both_sides(
@@ -63,7 +98,7 @@ def both_sides(
 
 def graph_of(edge_index: Tensor | Graph, sizes: tuple[int, int], source: Features) -> Graph:
     """The graph of an ``edge_index``, checked against the features."""
-    graph = Graph.of(edge_index, sizes[0] if sizes[0] == sizes[1] else sizes)
+    graph = Graph.of(edges_of(edge_index), sizes[0] if sizes[0] == sizes[1] else sizes)
     if graph.num_nodes != sizes[1]:
         raise ValueError(f"the graph has {graph.num_nodes} destinations and x {sizes[1]}; build it for both sizes")
     if graph.device != source.device:

@@ -6,16 +6,17 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import torch_geometric.nn as pyg
 from torch import Tensor, nn
 
 from .. import ops
 from ..graph import Graph
 from ..quant import FeatureMap, Scheme, begin, column_quantizer, parse
-from .conv import Features, both_sides, check_features, check_message_passing, graph_of, operand_map
+from .conv import Features, QuantizedConv, both_sides, check_features, check_message_passing, graph_of, operand_map
 from .linear import Linear, check_channels
 
 
-class GATConv(nn.Module):
+class GATConv(QuantizedConv, pyg.GATConv):
     """``sum_j softmax_j(leaky_relu(a_src . W x_j + a_dst . W x_i)) W x_j`` on quantized values (A2Q table 4).
 
     ``W x`` is quantized with a step per column, the attention vectors with a step per head; scores, softmax and the weighted sum are float32, for
@@ -50,7 +51,7 @@ class GATConv(nn.Module):
         num_nodes: int | tuple[int, int] | None = None,
         **kwargs: object,
     ) -> None:
-        super().__init__()
+        super(pyg.GATConv, self).__init__(aggr="add", node_dim=0)
         check_message_passing(kwargs)
         channels = (in_channels, in_channels) if isinstance(in_channels, int) else in_channels
         nodes = num_nodes if isinstance(num_nodes, tuple) else (num_nodes, num_nodes)

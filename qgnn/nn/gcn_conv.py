@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import torch
+import torch_geometric.nn as pyg
 from torch import Tensor, nn
 
 from .. import ops
 from ..features import SparseFeatures
 from ..graph import Graph
 from ..quant import FeatureMap, Scheme, begin, column_quantizer, layer_quantizer, parse
-from .conv import check_features, check_message_passing, operand_map
+from .conv import QuantizedConv, check_features, check_message_passing, edges_of, operand_map
 from .linear import Linear, check_channels
 
 
-class GCNConv(nn.Module):
+class GCNConv(QuantizedConv, pyg.GCNConv):
     """``D^-1/2 (A + I) D^-1/2 X W + b`` on quantized values (A2Q table 4, proof 2; NUMERICS 7).
 
     The right ``D^-1/2`` multiplies ``X W`` before that is quantized column by column; the left one multiplies the sum. So the sum itself runs over
@@ -44,7 +45,7 @@ class GCNConv(nn.Module):
         num_nodes: int | None = None,
         **kwargs: object,
     ) -> None:
-        super().__init__()
+        super(pyg.GCNConv, self).__init__(aggr="add")
         check_message_passing(kwargs)
         check_channels(in_channels, out_channels)
         if add_self_loops is None:
@@ -71,7 +72,7 @@ class GCNConv(nn.Module):
     ) -> tuple[Graph, Tensor | None, Tensor | None]:
         """The graph that is summed over, the factor ``D^-1/2`` ``[N]`` (None without normalisation) and the weights of its edges (in CSR order; None
         where all are 1)."""
-        base = Graph.of(edge_index, nodes)
+        base = Graph.of(edges_of(edge_index), nodes)
         graph = base.with_self_loops if self.add_self_loops else base
         if edge_weight is None:
             return graph, graph.inv_sqrt_degree if self.normalize else None, None
@@ -86,7 +87,7 @@ class GCNConv(nn.Module):
         self, x: Tensor | SparseFeatures, edge_index: Tensor | Graph, edge_weight: Tensor | None = None
     ) -> Tensor:
         check_features("x", x, self.in_channels)
-        base = Graph.of(edge_index, x.size(0))
+        base = Graph.of(edges_of(edge_index), x.size(0))
         graph, factor, weight = self.propagation(base, x.size(0), edge_weight)
         if graph.device != x.device:
             raise ValueError(f"x is on {x.device} and the graph on {graph.device}; move one with .to()")

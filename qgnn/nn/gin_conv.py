@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import torch
+import torch_geometric.nn as pyg
 from torch import Tensor, nn
 
 from ..graph import Graph
 from ..quant import FeatureMap, Scheme, begin, column_quantizer, feature_maps, parse
 from .conv import (
     Features,
+    QuantizedConv,
     aggregated,
     both_sides,
     check_features,
@@ -24,7 +26,7 @@ from .conv import (
 from .linear import Linear
 
 
-class GINConv(nn.Module):
+class GINConv(QuantizedConv, pyg.GINConv):
     """``nn((1 + eps) x_i + sum_j x_j)`` on quantized values (A2Q table 4).
 
     The operand of the aggregation, ``x``, has a step per column, so that the sum runs over integers; the layers of ``nn`` quantize what they read:
@@ -52,9 +54,9 @@ class GINConv(nn.Module):
         scheme: str | Scheme = "fp32",
         **kwargs: object,
     ) -> None:
-        super().__init__()
+        self.reduce = check_reduction(aggr)
+        super(pyg.GINConv, self).__init__(aggr)
         check_message_passing(kwargs)
-        self.aggr, self.reduce = aggr, check_reduction(aggr)
         linear = leading_linear(nn) or next((m for m in nn.modules() if isinstance(m, Linear)), None)
         if linear is None:
             raise ValueError("the nn of a GINConv must hold a qgnn.nn.Linear: it says how many features there are")

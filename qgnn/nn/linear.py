@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch_geometric.nn as pyg
 from torch import Tensor, nn
 
 from ..features import SparseFeatures
@@ -34,7 +35,7 @@ def check_channels(in_channels: int, out_channels: int) -> None:
         )
 
 
-class Linear(nn.Module):
+class Linear(pyg.Linear, nn.Linear):
     """``x @ weight.T + bias`` with quantized input and weight.
 
     Args:
@@ -44,9 +45,11 @@ class Linear(nn.Module):
         scheme: a scheme name (:mod:`qgnn.quant.scheme`).
         num_nodes: rows of the input; needed by "a2q".
 
-    Shapes: ``[N, in_channels]`` -> ``[N, out_channels]``. State-dict keys ``weight`` ``[out, in]`` and ``bias``, as PyG's; those of the quantizer
-    start with ``quantizer.``.
+    Shapes: ``[N, in_channels]`` -> ``[N, out_channels]``, or any leading sizes in place of ``N``. State-dict keys ``weight`` ``[out, in]`` and
+    ``bias``, as PyG's; those of the quantizer start with ``quantizer.``.
     """
+
+    __deepcopy__ = None  # PyG 2.6 has one, which would make a Linear of PyG's; the usual way copies everything
 
     def __init__(
         self,
@@ -59,12 +62,13 @@ class Linear(nn.Module):
         scheme: str | Scheme = "fp32",
         num_nodes: int | None = None,
     ) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         check_channels(in_channels, out_channels)
-        self.in_channels, self.out_channels = in_channels, out_channels
+        self.in_channels = self.in_features = in_channels
+        self.out_channels = self.out_features = out_channels
         self.weight_initializer, self.bias_initializer = weight_initializer, bias_initializer
         self.weight = nn.Parameter(torch.empty(out_channels, in_channels))
-        self.bias = nn.Parameter(torch.empty(out_channels)) if bias else None
+        self.register_parameter("bias", nn.Parameter(torch.empty(out_channels)) if bias else None)
         self.scheme = parse(scheme)
         self.quantizer = layer_quantizer(self.scheme, in_channels, out_channels, num_nodes)
         self.reset_parameters()
@@ -80,6 +84,8 @@ class Linear(nn.Module):
 
     def product(self, x: Tensor | SparseFeatures) -> Tensor:
         """``x @ weight.T`` without the bias, which a convolution adds after its sum."""
+        if isinstance(x, Tensor) and x.dim() != 2:
+            return self.product(x.reshape(-1, x.size(-1))).view(*x.shape[:-1], self.out_channels)
         return x @ self.weight.t() if self.quantizer is None else self.quantizer.linear(x, self.weight)
 
     def feature_maps(self, name: str, nodes: int) -> list[FeatureMap]:

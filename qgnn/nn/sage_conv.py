@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+import torch_geometric.nn as pyg
+from torch import Tensor
 
 from ..graph import Graph
 from ..quant import FeatureMap, Scheme, begin, column_quantizer, parse
 from .conv import (
     Features,
+    QuantizedConv,
     aggregated,
     both_sides,
     check_features,
@@ -23,7 +25,7 @@ from .conv import (
 from .linear import Linear, check_channels
 
 
-class SAGEConv(nn.Module):
+class SAGEConv(QuantizedConv, pyg.SAGEConv):
     """``W_l mean_j x_j + W_r x_i`` on quantized values.
 
     As in :class:`qgnn.nn.GINConv`, the operand of the aggregation has a step per column, the inputs of the two products are quantized by the
@@ -54,12 +56,13 @@ class SAGEConv(nn.Module):
         num_nodes: int | tuple[int, int] | None = None,
         **kwargs: object,
     ) -> None:
-        super().__init__()
+        reduce = check_reduction(aggr)
+        super(pyg.SAGEConv, self).__init__(aggr)
         check_message_passing(kwargs)
         source, target = (in_channels, in_channels) if isinstance(in_channels, int) else in_channels
         self.in_channels, self.out_channels = in_channels, out_channels
         self.normalize, self.root_weight, self.project = normalize, root_weight, project
-        self.aggr, self.reduce, self.scheme = aggr, check_reduction(aggr), parse(scheme)
+        self.reduce, self.scheme = reduce, parse(scheme)
         check_channels(min(source, target), out_channels)
         sources, targets = num_nodes if isinstance(num_nodes, tuple) else (num_nodes, num_nodes)
         self.first = narrows(source, out_channels, self.reduce)
