@@ -11,6 +11,9 @@ PROCESSORS := $(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
 THREADS := $(shell echo $$(($(PROCESSORS) > $(WORKERS) ? $(PROCESSORS) / $(WORKERS) : 1)))
 TEST_ENV := OMP_NUM_THREADS=$(THREADS) NUMBA_NUM_THREADS=$(shell echo $$(($(THREADS) > 2 ? $(THREADS) : 2))) OMP_WAIT_POLICY=passive
 
+# What `make bench` measures.
+SUITE ?= cpu
+
 .PHONY: help demo test lint typecheck imports unit bench gpu clean
 
 help: ## list the targets
@@ -34,8 +37,10 @@ imports: $(STAMP) ## import-linter: imports go downward only
 unit: $(STAMP) ## pytest alone; ARGS="-k name" selects
 	$(TEST_ENV) $(BIN)/pytest -n $(WORKERS) $(ARGS)
 
-bench: $(STAMP) ## benchmarks
-	$(BIN)/python -m qgnn.perf $(ARGS)
+# A number is printed only where the tests of what it measures pass.
+bench: $(STAMP) ## benchmarks of SUITE (cpu), after their tests; ARGS="--graphs Cora" chooses graphs
+	$(TEST_ENV) $(BIN)/pytest -n $(WORKERS) $$($(BIN)/python -m qgnn.perf --suite $(SUITE) --tests)
+	$(BIN)/qgnn bench --suite $(SUITE) $(ARGS)
 
 # From the plain source tree, with the torch and Triton that PYTHON has. Its versions are not ours to pin, so a warning is no error here.
 gpu: ## GPU tests and benchmarks, nothing installed; PYTHON=... names the interpreter

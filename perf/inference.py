@@ -7,8 +7,9 @@ row, where a layer of the model multiplies and adds ``2 * 64 * 64`` times a row.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from unittest.mock import patch
 
 import torch
@@ -16,13 +17,10 @@ from torch import Tensor
 
 from .. import ops
 from ..graph import Graph
+from ..kernels.backend import use_backend
 from ..models import PooledGIN
 from ..quant import GroupQuantizer, begin, parse
-from .kernels import Row
-from .timing import paired
-
-GRAPHS, NODES, EDGES = 128, 430, 995
-"""A batch of REDDIT-BINARY: graphs, and the mean of their nodes and edges."""
+from .bench import UNIT, Case, close_in_norm, ready
 
 
 def _by_in_degree(quantizer: GroupQuantizer, x: Tensor, weight: Tensor) -> Tensor:
@@ -43,29 +41,49 @@ def _in_degrees(model: torch.nn.Module, graph: Graph) -> Iterator[None]:
         yield
 
 
-def nearest_share(device: str, rounds: int) -> Iterator[Row]:
-    """Inference of a five-layer GIN of 64 features, with 1,000 groups."""
+def nearest_share(batch_of: tuple[int, int, int], device: str) -> Iterator[Case]:
+    """A batch of so many graphs, each of so many nodes and edges: inference of a five-layer GIN of 64 features, with 1,000 groups. Each model must
+    compute what it computes in plain torch."""
     generator = torch.Generator().manual_seed(0)
-    nodes = GRAPHS * NODES
-    batch = torch.arange(GRAPHS).repeat_interleave(NODES)
-    start = torch.arange(GRAPHS).repeat_interleave(2 * EDGES) * NODES
+    graphs, per_graph, edges = batch_of
+    nodes = graphs * per_graph
+    batch = torch.arange(graphs).repeat_interleave(per_graph)
+    start = torch.arange(graphs).repeat_interleave(2 * edges) * per_graph
     # a few users of a thread are answered by most: squares of uniform numbers gather near 0
-    ends = (torch.rand(2, start.numel(), generator=generator).square() * NODES).long() + start
+    ends = (torch.rand(2, start.numel(), generator=generator).square() * per_graph).long() + start
     x = torch.rand(nodes, 1, generator=generator).to(device)
     batch = batch.to(device)
     graph = Graph.from_edge_index(ends.to(device), nodes)
     model = PooledGIN(1, 64, 2, num_layers=5, scheme=parse("a2q-nns")).to(device)
-    model(x, graph, batch, GRAPHS)
+    model(x, graph, batch, graphs)
     model.eval()
 
     @torch.no_grad()
     def infer() -> Tensor:
-        return model(x, graph, batch, GRAPHS)
+        return model(x, graph, batch, graphs)
 
     def without() -> Tensor:
         with _in_degrees(model, graph):
             return infer()
 
-    shape = f"gin 5 x 64, {nodes} nodes, m=1000"
-    for name, timing in paired({"qgnn-by-in-degree": without, "qgnn-nns": infer}, rounds, device=device).items():
-        yield Row("inference", shape, name, timing)
+    def on_reference(run: Callable[[], Tensor]) -> Tensor:
+        with use_backend("reference"):
+            return run()
+
+    yield Case(
+        f"gin 5 x 64, {nodes} nodes, m=1000",
+        [
+            ready(name, run, close_in_norm(partial(on_reference, run), _ties(graph.max_degree + 64)))
+            for name, run in {"qgnn-by-in-degree": without, "qgnn-nns": infer}.items()
+        ],
+    )
+
+
+def _ties(terms: int) -> float:
+    """How far, of its norm, a quantized result may be from the same computed otherwise: rounding decides ties.
+
+    FP32 sums of ``n`` terms are off by about ``sqrt(n) u`` of the result, rounding errors being independent. A value of up to 127 steps is that near
+    to a tie with a chance of ``127 sqrt(n) u``; its code then moves by a step, energy ``s^2``, where quantization makes ``s^2 / 12`` of every value.
+    So where the signal has at least the energy of that noise, ``sqrt(12 * 127 sqrt(n) u)`` of its norm may differ.
+    """
+    return float((12 * 127 * terms**0.5 * UNIT) ** 0.5)

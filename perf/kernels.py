@@ -1,101 +1,174 @@
-"""Kernels against their peers on synthetic graphs: aggregation and matrix product, FP32 and packed integers.
+"""Kernels against their peers: aggregation and matrix product, FP32 and packed integers.
 
 Bytes decide: aggregation reads ``E * F * bits / 8`` bytes of rows (plus 4 bytes an edge) and writes ``4 N F``; so against FP32 the most
 that INT8 can gain is 4 x and INT4 8 x where rows come from memory. Peers are cached: torch's CSR product (MKL on a CPU, cuSPARSE on a GPU) keeps
-its matrix, and PyG's scatter its index. Each candidate's result is compared with the FP32 reference of the same values before it is timed.
+its matrix, PyG its index and its CSR.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch_geometric.utils import scatter
+from torch_geometric.nn import SimpleConv
 
 from .. import ops
-from ..data import Dataset, load
-from ..graph import Graph
 from ..qtensor import QTensor
-from .timing import Timing, paired
+from .bench import UNIT, Candidate, Case, Run, check_messages, equal_to, within
+from .peers import compiled, scipy_csr, torch_scatter
+from .scene import Scene, scene
 
-PRODUCTS = ((2708, 1433, 16), (169343, 128, 128))
-"""Shapes ``(n, k, m)`` of the products: Cora's first layer, and ogbn-arxiv's."""
+FEATURES = 128
+SMALL_FEATURES = (16, 64)
+"""More widths for graphs of fewer than :data:`SMALL` nodes."""
+SMALL = 20_000
 
-
-@dataclass(frozen=True)
-class Row:
-    """One measured row: the operation, its shape, the candidate, and its paired time."""
-
-    operation: str
-    shape: str
-    candidate: str
-    timing: Timing
+ROUNDING = UNIT * 1.01
+"""The percent is for terms of second order."""
 
 
-def _check(name: str, result: Tensor, expected: Tensor, tolerance: float) -> None:
-    scale = float(expected.abs().max()) or 1.0
-    error = float((result - expected).abs().max()) / scale
-    if not error <= tolerance:
-        raise RuntimeError(
-            f"{name} is wrong by {error:.2e} of the largest value (tolerance {tolerance:.0e}); its time would mean nothing"
-        )
+CHECKED = 2048
+"""Rows at either end of a product that are compared: rows have nothing to do with one another, but a kernel's blocks may not fill the last ones."""
 
 
-def aggregation(graph_name: str, features: int, device: str, rounds: int) -> Iterator[Row]:
-    """Sum over neighbours. FP32 sums in another order may differ by rounding: ``max degree * 2^-24`` relative; integers are exact, their values
-    are compared with the dequantized operand's FP32 sum at the same tolerance."""
-    dataset = load(graph_name)
-    if not isinstance(dataset, Dataset):
-        raise ValueError(f"{dataset.name} has many graphs; an aggregation is timed on one")
-    data = dataset.data
-    assert isinstance(data.edge_index, Tensor)
-    graph = Graph.from_edge_index(data.edge_index, int(data.num_nodes or 0)).to(device)
-    n, x = (
-        graph.num_nodes,
-        torch.randn(graph.num_nodes, features, generator=torch.Generator().manual_seed(0)).to(device),
-    )
-    edge_index = torch.stack([graph.indices.long(), graph.rows.long()])
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch calls its CSR support beta
-        csr = torch.sparse_csr_tensor(graph.indptr, graph.indices, torch.ones(graph.num_edges, device=device), (n, n))
-    packed = {
-        f"qgnn-int{bits}": QTensor.quantize(x, x.abs().amax(0) / (2 ** (bits - 1) - 1), bits, axis="col")
-        for bits in (8, 4, 2)
+def aggregation(name: str, device: str) -> Iterator[Case]:
+    """Sum over neighbours, for every width of features."""
+    at = scene(name, device)
+    for features in (*(SMALL_FEATURES if at.nodes < SMALL else ()), FEATURES):
+        yield Case(f"{at.name} F={features}", _aggregations(at, at.features(features)))
+
+
+def _aggregations(at: Scene, x: Tensor) -> list[Candidate]:
+    """A sum of ``d`` terms in FP32 is off by at most ``d 2^-24`` of the sum of magnitudes, to first order; the reference is in FP64. Sums of codes
+    are exact, so that a packed operand's result is that sum in floats times the step, to the bit."""
+    graph, features = at.graph, x.size(1)
+    source, target = at.edge_index
+
+    @cache
+    def expected() -> tuple[Tensor, Tensor]:
+        magnitudes = at.adjacency @ x.abs()
+        return at.adjacency.double() @ x.double(), ROUNDING * graph.in_degree.unsqueeze(1) * magnitudes
+
+    accept = within(expected)
+
+    def messages(run: Callable[[], Run]) -> Callable[[], Run]:
+        def build() -> Run:
+            check_messages(graph.num_edges, features, at.device)
+            return run()
+
+        return build
+
+    def scatter_peer() -> Run:
+        module = torch_scatter()
+        return lambda: module.scatter(x[source], target, 0, None, at.nodes, "sum")
+
+    def scipy_peer() -> Run:
+        matrix, values = scipy_csr(at), x.numpy()
+        return lambda: matrix @ values
+
+    fp32: dict[str, Callable[[], Run]] = {
+        "torch-csr-fp32": lambda: lambda: at.adjacency @ x,
+        "pyg-scatter-fp32": messages(lambda: partial(SimpleConv("sum"), x, at.edge_index)),
+        "pyg-edge-index-fp32": lambda: partial(at.pyg_edges.matmul, x, transpose=True),
+        "pyg-compiled-fp32": messages(lambda: partial(_compiled_sum(), x, at.edge_index)),
+        "torch-scatter-fp32": messages(scatter_peer),
+        "scipy-csr-fp32": scipy_peer,
+        "qgnn-fp32": lambda: partial(ops.aggregate, graph, x),
     }
-    candidates: dict[str, Callable[[], Tensor]] = {"torch-csr-fp32": lambda: csr @ x}
-    if graph.num_edges * features * 4 < 4e9:
-        candidates["pyg-scatter-fp32"] = lambda: scatter(x[edge_index[0]], edge_index[1], 0, n, "sum")
-    candidates["qgnn-fp32"] = lambda: ops.aggregate(graph, x)
-    for name, q in packed.items():
-        candidates[name] = partial(ops.aggregate, graph, q)
-    tolerance = max(graph.max_degree, 1) * 2.0**-24 * 4
-    expected = csr @ x
-    for name, run in candidates.items():
-        _check(name, run(), csr @ packed[name].dequantize() if name in packed else expected, tolerance)
-    for name, timing in paired(candidates, rounds, device=device).items():
-        yield Row("aggregate", f"{graph_name} F={features}", name, timing)
+    return [
+        *(Candidate(label, build, accept) for label, build in fp32.items()),
+        *(_packed_aggregation(at, x, bits) for bits in (8, 4, 2)),
+    ]
 
 
-def product(n: int, k: int, m: int, device: str, rounds: int) -> Iterator[Row]:
-    """Matrix product ``[n, k] x [k, m]``; the integer accumulators are compared bitwise with those of ``torch._int_mm``."""
+@cache
+def _compiled_sum() -> Any:
+    return compiled(SimpleConv("sum"))
+
+
+def _packed_aggregation(at: Scene, x: Tensor, bits: int) -> Candidate:
+    @cache
+    def packed() -> QTensor:
+        return QTensor.quantize(x, x.abs().amax(0) / largest(bits), bits, axis="col")
+
+    def expected() -> Tensor:
+        dtype = exact_type(at.graph.max_degree * largest(bits))
+        sums = at.adjacency.to(dtype) @ packed().codes().to(dtype)
+        return sums.float() * packed().step
+
+    return Candidate(f"qgnn-int{bits}", lambda: partial(ops.aggregate, at.graph, packed()), equal_to(expected))
+
+
+def exact_type(magnitude: int) -> torch.dtype:
+    """A float type in which sums of codes up to ``magnitude`` are exact, in any order."""
+    return torch.float32 if magnitude < 2**24 else torch.float64
+
+
+def largest(bits: int) -> int:
+    """The largest signed code."""
+    return 2 ** (bits - 1) - 1
+
+
+def product(shape: tuple[int, int, int], device: str) -> Iterator[Case]:
+    """Matrix product ``[n, k] x [k, m]`` of random values. FP32 may be off by ``k 2^-24`` of the sum of magnitudes, to first order, from FP64;
+    of the integers the accumulators are compared, which are exact. The first and the last :data:`CHECKED` rows are."""
+    n, k, m = shape
+    some = torch.cat([torch.arange(n)[:CHECKED], torch.arange(n)[CHECKED:][-CHECKED:]]).to(device)
     generator = torch.Generator().manual_seed(0)
-    x, w = (torch.randn(shape, generator=generator).to(device) for shape in ((n, k), (k, m)))
-    xs = {f"qgnn-int{b}": QTensor.quantize(x, x.abs().amax(1) / (2 ** (b - 1) - 1), b) for b in (8, 4)}
-    widths = torch.randint(1, 5, (n,), generator=generator).to(device)
-    xs["qgnn-mixed-1-to-4"] = QTensor.quantize(x, 0.5, widths.float())
-    wq = QTensor.quantize(w, w.abs().amax(0) / 7, 4, axis="col")
-    x8, w8 = xs["qgnn-int8"].codes().to(torch.int8), wq.codes().to(torch.int8)
-    candidates: dict[str, Callable[[], Tensor]] = {
-        "torch-fp32": lambda: x @ w,
-        "torch-int-mm": lambda: torch._int_mm(x8, w8),
+    x, w = (torch.randn(size, generator=generator).to(device) for size in ((n, k), (k, m)))
+    widths = torch.randint(1, 5, (n,), generator=generator).float().to(device)
+
+    @cache
+    def weight(bits: int) -> QTensor:
+        return QTensor.quantize(w, w.abs().amax(0) / largest(bits), bits, axis="col")
+
+    @cache
+    def features(bits: int) -> QTensor:
+        return QTensor.quantize(x, x.abs().amax(1) / largest(bits), bits)
+
+    @cache
+    def mixed() -> QTensor:
+        return QTensor.quantize(x, 0.5, widths)
+
+    def exact(left: Callable[[], QTensor], right: Callable[[], QTensor]) -> Callable[[Any], None]:
+        def sums() -> Tensor:
+            a, b = left(), right()
+            dtype = exact_type(k * largest(int(a.bits.max())) * largest(int(b.bits.max())))
+            return (a.codes()[some].to(dtype) @ b.codes().to(dtype)).to(torch.int32)
+
+        check = equal_to(sums)
+        return lambda result: check((result.acc if isinstance(result, ops.IntegerProduct) else result)[some])
+
+    def torch_int() -> Run:
+        a, b = features(8).codes().to(torch.int8), weight(8).codes().to(torch.int8)
+        return lambda: torch._int_mm(a, b)
+
+    def ours(left: Callable[[], QTensor], bits: int) -> Callable[[], Run]:
+        return lambda: partial(ops.matmul, left(), weight(bits))
+
+    integers: dict[str, tuple[Callable[[], QTensor], int]] = {
+        "qgnn-int8": (partial(features, 8), 8),
+        "qgnn-int4": (partial(features, 4), 4),
+        "qgnn-mixed-1-to-4": (mixed, 4),
     }
-    for name, q in xs.items():
-        candidates[name] = partial(ops.matmul, q, wq)
-    if not torch.equal(ops.matmul(xs["qgnn-int8"], wq).acc, torch._int_mm(x8, w8)):
-        raise RuntimeError("the packed product differs from torch._int_mm; its time would mean nothing")
-    for name, timing in paired(candidates, rounds, device=device).items():
-        yield Row("matmul", f"[{n},{k}]x[{k},{m}]", name, timing)
+
+    def reference() -> tuple[Tensor, Tensor]:
+        rows = x[some]
+        return rows.double() @ w.double(), ROUNDING * k * (rows.abs() @ w.abs())
+
+    close = within(reference)
+
+    yield Case(
+        f"[{n},{k}]x[{k},{m}]",
+        [
+            Candidate("torch-fp32", lambda: lambda: x @ w, lambda result: close(result[some])),
+            Candidate("torch-int-mm", torch_int, exact(partial(features, 8), partial(weight, 8))),
+            *(
+                Candidate(name, ours(left, bits), exact(left, partial(weight, bits)))
+                for name, (left, bits) in integers.items()
+            ),
+        ],
+    )

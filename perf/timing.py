@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,11 @@ import numpy as np
 import torch
 
 QUANTILES = (0.2, 0.5, 0.8)
+TURN = 1e-3
+"""Seconds that a turn should take: a faster candidate runs several times in it, so that neither the timer nor the caches that the candidate before it
+left behind decide."""
+LEAST_ROUNDS = 3
+"""Rounds that a candidate takes part in, however slow it is: fewer have no quantiles."""
 
 
 @dataclass(frozen=True)
@@ -18,27 +24,46 @@ class Timing:
 
     ms: tuple[float, float, float]
     ratio: tuple[float, float, float]
+    rounds: int
 
 
 def paired(
-    candidates: Mapping[str, Callable[[], object]], rounds: int = 30, warmup: int = 3, device: str = "cpu"
+    candidates: Mapping[str, Callable[[], object]],
+    rounds: int = 30,
+    warmup: int = 3,
+    device: str = "cpu",
+    budget: float = math.inf,
 ) -> dict[str, Timing]:
     """Times every candidate once a round, in turn. The first one is the baseline; ratios are baseline over candidate, so above 1 is faster.
 
-    On a GPU every call is followed by a synchronisation, which the time includes.
+    On a GPU every call is followed by a synchronisation, which the time includes. A candidate that has spent ``budget`` seconds sits out the rounds
+    that are left, after :data:`LEAST_ROUNDS`; when the baseline has, all are done. Ratios are of the rounds that both took part in.
     """
     times: dict[str, list[float]] = {name: [] for name in candidates}
+    first = next(iter(candidates))
+
+    def spent(name: str) -> bool:
+        return len(times[name]) >= LEAST_ROUNDS and sum(times[name]) * calls[name] > budget * 1e3
+
+    calls = dict.fromkeys(candidates, 1)
     for i in range(warmup + rounds):
+        if spent(first):
+            break
         for name, run in candidates.items():
+            if name != first and spent(name):
+                continue
             _wait(device)
             started = time.perf_counter()
-            run()
+            for _ in range(calls[name]):
+                run()
             _wait(device)
+            seconds = (time.perf_counter() - started) / calls[name]
             if i >= warmup:
-                times[name].append((time.perf_counter() - started) * 1e3)
-    baseline = next(iter(times.values()))
+                times[name].append(seconds * 1e3)
+            else:
+                calls[name] = max(1, int(TURN / seconds))
     return {
-        name: Timing(_quantiles(ms), _quantiles([b / t for b, t in zip(baseline, ms, strict=True)]))
+        name: Timing(_quantiles(ms), _quantiles([b / t for b, t in zip(times[first], ms, strict=False)]), len(ms))
         for name, ms in times.items()
     }
 

@@ -7,8 +7,9 @@ sums the 1,433 features of every edge's source as well, 75 MB of messages.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import product
 
 import torch
 import torch.nn.functional as F
@@ -17,11 +18,14 @@ from torch import Tensor, nn
 from torch_geometric.data import Data
 
 from .. import quant
-from ..data import Dataset
+from ..data import Dataset, load
 from ..recipes import Recipe, recipe_for
 from ..tasks import NodeTask, prepare
 from ..train import Trainer, build
-from .timing import Timing, paired
+from .bench import Case, WrongResult, ready
+
+MODELS = ("gcn", "gat", "gin")
+SCHEMES = ("fp32", "int8", "int4", "dq-int8", "dq-int4", "a2q")
 
 
 def pyg_layers(model: str, in_channels: int, out_channels: int, recipe: Recipe) -> list[nn.Module]:
@@ -56,8 +60,8 @@ class PyGModel(nn.Module):
         return self.convs[1](x, edge_index)
 
 
-def pyg_step(model: str, data: Data, classes: int, recipe: Recipe) -> Callable[[], object]:
-    """One FP32 training step of PyG's model with the sizes and the optimizer of a recipe."""
+def pyg_step(model: str, data: Data, classes: int, recipe: Recipe) -> tuple[nn.Module, Callable[[], None]]:
+    """PyG's model with the sizes and the optimizer of a recipe, and one FP32 training step of it."""
     assert isinstance(data.x, Tensor) and isinstance(data.y, Tensor)
     layers = pyg_layers(model, data.x.size(1), classes, recipe)
     network = PyGModel(layers, recipe.input_dropout, recipe.dropout).to(data.x.device).train()
@@ -69,23 +73,35 @@ def pyg_step(model: str, data: Data, classes: int, recipe: Recipe) -> Callable[[
         F.cross_entropy(out[data.train_mask], data.y[data.train_mask]).backward()
         optimizer.step()
 
-    return step
+    return network, step
 
 
-def train_steps(
-    dataset: Dataset, model: str, schemes: list[str], hidden: int | None = None, rounds: int = 30, device: str = "cpu"
-) -> dict[str, dict[str, Timing]]:
-    """By scheme: the paired times of PyG's FP32 step and of the scheme's quantized step at the same hidden size."""
-    results = {}
-    for name in schemes:
-        scheme = quant.parse(name)
-        recipe = recipe_for(model, scheme, dataset).changed(hidden=hidden)
+def train_steps(name: str, device: str) -> Iterator[Case]:
+    """The quantized step of every model and scheme beside PyG's FP32 step at the same sizes. A step draws dropout, so that no two have the same
+    result: what is checked is that no parameter becomes infinite or NaN."""
+    dataset = load(name)
+    if not isinstance(dataset, Dataset):
+        raise ValueError(f"{dataset.name} has many graphs; training steps are timed on one, such as Cora")
+    for model, chosen in product(MODELS, SCHEMES):
+        scheme = quant.parse(chosen)
+        recipe = recipe_for(model, scheme, dataset)
         task = NodeTask(prepare(dataset, recipe).to(device))
         trainer = Trainer(build(scheme, dataset, recipe, model).to(device), task, recipe)
         trainer.end_warmup()
-        candidates: dict[str, Callable[[], object]] = {
-            "pyg-fp32": pyg_step(model, task.data, dataset.num_classes, recipe),
-            name: partial(trainer.step, trainer.total, task.data),
-        }
-        results[name] = paired(candidates, rounds, device=device)
-    return results
+        theirs, step = pyg_step(model, task.data, dataset.num_classes, recipe)
+        yield Case(
+            f"{dataset.name} {model} {scheme.name}",
+            [
+                ready("pyg-fp32", step, _finite(theirs)),
+                ready("qgnn", partial(trainer.step, trainer.total, task.data), _finite(trainer.model)),
+            ],
+        )
+
+
+def _finite(model: nn.Module) -> Callable[[object], None]:
+    def accept(_: object) -> None:
+        bad = [name for name, p in model.named_parameters() if not bool(p.isfinite().all())]
+        if bad:
+            raise WrongResult(f"{', '.join(bad)} became infinite or NaN")
+
+    return accept

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import product
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from .integer import FreezeReport
+    from .perf.table import Record
     from .train import Run
 
 # torch takes seconds to import, so that every command imports what it needs by itself: --help is quick.
@@ -333,6 +334,74 @@ def reproduce(
         _console(json_to).print(compare.markdown(chosen, plans, entries), markup=False, soft_wrap=True, end="")
     if any(plan.failed for plan in plans):
         raise typer.Exit(1)
+
+
+# bench
+
+
+@app.command(
+    epilog="Example: qgnn bench --suite cpu --graphs Cora --rounds 3 --out rows.csv",
+    help="Time kernels, layers and models in turns with PyG, torch and SciPy, and print ratios; each result is checked before.",
+)
+def bench(
+    suite: Annotated[
+        str, typer.Option(help="cpu, kernels, quantizers, inference, train-step or all; cpu leaves a GPU alone.")
+    ] = "cpu",
+    graphs: Annotated[
+        str,
+        typer.Option(metavar="NAMES", help="Data sets instead of the suite's, such as 'Cora powerlaw:10000,150000'."),
+    ] = "",
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds that the candidates take turns in, at most.")] = 20,
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Add rows to this CSV file as they come.")] = None,
+    json_to: JsonOption = None,
+    table: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Measure nothing; print the results in this CSV file as Markdown."),
+    ] = None,
+    into: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="With --table: put the tables between the markers of this file.")
+    ] = None,
+) -> None:
+    """A shape that fails is a row with the reason. Exit code 1 if a result was wrong."""
+    kept = "finished rows are kept" if out is not None else "with --out FILE, finished rows are kept"
+    with _one_line_errors(lambda: f"interrupted; {kept}"):
+        import torch
+
+        from .perf import registry
+        from .perf import table as results
+
+        if table is not None:
+            _print_results(results.read(table), into)
+            return
+        if into is not None:
+            raise ValueError("--into goes with --table FILE, which says where the results are")
+        if out is not None:
+            results.check_file(out)
+        lines, wrong = _JsonLines(json_to), False
+        console = _console(json_to)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        with _progress() as show:
+            for records in registry.run(suite, graphs.split(), rounds, device, show):
+                if out is not None:
+                    results.append(out, records)
+                for record in records:
+                    lines.write(record)
+                    console.print(results.line(record), markup=False, soft_wrap=True)
+                    wrong |= record["status"] == "wrong"
+    if wrong:
+        raise typer.Exit(1)
+
+
+def _print_results(records: Sequence[Record], into: Path | None) -> None:
+    from .perf.table import document, refreshed
+
+    if into is None:
+        typer.echo(document(records))
+        return
+    try:
+        into.write_text(refreshed(into.read_text(encoding="utf-8"), records), encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"--into {into} cannot be read and written ({error.strerror})") from error
 
 
 # info

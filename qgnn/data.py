@@ -17,6 +17,7 @@ PCBA                       molecules    MoleculeNet's 128 assays, NaN where not 
 MUTAG, IMDB-BINARY, ...    tu           any of PyG's TUDataset by its name; 10 folds
 digits                     digits       1,797 images, 64 pixels in [0, 1]; symmetric 8-nearest-neighbour graph; split 200/500/1097
 powerlaw:N,E               synthetic    N nodes, exactly E edges; degrees follow a power law with exponent 2.5
+regular:N,D                synthetic    N nodes with D edges in from random nodes
 rmat:SCALE,EDGEFACTOR      synthetic    2^SCALE nodes, EDGEFACTOR * 2^SCALE edges; Graph500's R-MAT
 =========================  ===========  ======================================================================================================
 
@@ -41,10 +42,10 @@ from .published import READERS, Dataset, Family, GraphDataset, Split, Task, pack
 
 __all__ = ["NAMES", "Dataset", "Family", "GraphDataset", "Split", "Task", "UnknownDataset", "load"]
 
-_EMBEDDED = ("digits", "digits-superpixels", "powerlaw:N,E", "rmat:SCALE,EDGEFACTOR")
+_EMBEDDED = ("digits", "digits-superpixels", "powerlaw:N,E", "regular:N,D", "rmat:SCALE,EDGEFACTOR")
 
 NAMES = (*READERS, *_EMBEDDED)
-"""What :func:`load` accepts; N, E, SCALE and EDGEFACTOR stand for whole numbers."""
+"""What :func:`load` accepts; N, E, D, SCALE and EDGEFACTOR stand for whole numbers."""
 
 _PUBLISHED = {name.lower(): name for name in READERS}
 _SEED = 0
@@ -170,6 +171,11 @@ def _powerlaw_edges(generator: np.random.Generator, nodes: int, edges: int) -> N
     return np.minimum((nodes * generator.random((2, edges)) ** 3).astype(np.int64), nodes - 1)
 
 
+def _regular_edges(generator: np.random.Generator, nodes: int, edges: int) -> NDArray[np.int64]:
+    """Every node is the end of equally many edges."""
+    return np.stack([generator.integers(0, nodes, edges), np.repeat(np.arange(nodes), edges // nodes)])
+
+
 def _rmat_edges(generator: np.random.Generator, scale: int, edges: int) -> NDArray[np.int64]:
     """R-MAT with Graph500's probabilities a, b, c, d = 0.57, 0.19, 0.19, 0.05: each level picks one quadrant of the adjacency matrix."""
     ends = np.zeros((2, edges), np.int64)
@@ -180,8 +186,10 @@ def _rmat_edges(generator: np.random.Generator, scale: int, edges: int) -> NDArr
     return ends
 
 
+_EDGES = {"powerlaw": _powerlaw_edges, "regular": _regular_edges, "rmat": _rmat_edges}
 _SYNTAX = {
     "powerlaw": "write powerlaw:N,E with whole numbers, N nodes (10 or more) and E edges, such as powerlaw:10000,150000",
+    "regular": "write regular:N,D with whole numbers, N nodes (10 or more) and D edges into each, such as regular:10000,16",
     "rmat": "write rmat:SCALE,EDGEFACTOR with whole numbers, for 2^SCALE nodes (SCALE 4 to 30) and EDGEFACTOR edges a node, such as rmat:16,16",
 }
 
@@ -194,14 +202,15 @@ def _synthetic(kind: str, sizes: str) -> Dataset:
     if match is None:
         raise UnknownDataset(f"{f'{kind}:{sizes}'!r} is not understood; {_SYNTAX[kind]}")
     first, second = int(match[1]), int(match[2])
-    if first < 10 if kind == "powerlaw" else not 4 <= first <= 30:
+    if not 4 <= first <= 30 if kind == "rmat" else first < 10:
         raise UnknownDataset(f"{first} is out of range in {f'{kind}:{sizes}'!r}; {_SYNTAX[kind]}")
-    nodes, edges = (first, second) if kind == "powerlaw" else (2**first, second * 2**first)
+    nodes = 2**first if kind == "rmat" else first
+    edges = second if kind == "powerlaw" else second * nodes
     if nodes >= _NODE_LIMIT:
         raise ValueError(f"a graph has fewer than 2^31 nodes, {kind}:{sizes} asks for {nodes}")
     generator = np.random.default_rng(_SEED)
     try:
-        ends = _powerlaw_edges(generator, nodes, edges) if kind == "powerlaw" else _rmat_edges(generator, first, edges)
+        ends = _EDGES[kind](generator, first, edges)
         ends = generator.permutation(nodes)[ends]
         x = generator.standard_normal((nodes, _SYNTHETIC_FEATURES), np.float32)
     except (MemoryError, ValueError) as error:  # NumPy's ValueError: more elements than an array may have

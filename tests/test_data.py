@@ -246,7 +246,14 @@ def test_rmat_sizes() -> None:
     assert dataset.data.edge_index.shape == (2, 128 * 16)
 
 
-@pytest.mark.parametrize("name", ["powerlaw:500,3000", "rmat:6,4"])
+def test_regular_graphs_have_one_in_degree() -> None:
+    data = load("regular:50,7").data
+    assert np.bincount(data.edge_index[1].numpy(), minlength=50).tolist() == [7] * 50
+    assert len(set(data.edge_index[0].tolist())) > 25, "sources are drawn at random"
+    assert data.x.shape == (50, 128)
+
+
+@pytest.mark.parametrize("name", ["powerlaw:500,3000", "regular:50,7", "rmat:6,4"])
 def test_synthetic_graphs_are_reproducible(name: str) -> None:
     first, second = load(name).data, load(name).data
     assert all(torch.equal(first[key], second[key]) for key in first.keys())  # noqa: SIM118 - Data iterates over items
@@ -257,7 +264,7 @@ def test_synthetic_graphs_are_reproducible(name: str) -> None:
     [
         (
             "Corra",
-            "choose one of Cora, CiteSeer, PubMed, ogbn-arxiv.*, digits, digits-superpixels, powerlaw:N,E, rmat.*TUDataset such as MUTAG",
+            "choose one of Cora, CiteSeer, PubMed, ogbn-arxiv.*, digits, digits-superpixels, powerlaw:N,E, regular:N,D.*TUDataset such as MUTAG",
         ),
         ("", "choose one of Cora"),
         ("powerlaw", "powerlaw:10000,150000"),
@@ -265,6 +272,7 @@ def test_synthetic_graphs_are_reproducible(name: str) -> None:
         ("powerlaw:100", "powerlaw:10000,150000"),
         ("powerlaw:1e3,5e3", "powerlaw:10000,150000"),
         ("powerlaw:9,5", "9 is out of range"),
+        ("regular:9,5", "9 is out of range"),
         ("powerlaw:3000000000,5", "fewer than 2\\^31 nodes"),
         ("powerlaw:100,99999999999999999999", "does not fit into memory"),
         ("rmat:3", "rmat:16,16"),
