@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch_geometric.data import HeteroData
 
+from .fusion import fuse, shapes_of
 from .integer import FreezeReport, IntegerModel, LayerReport
 from .kernels.packing import uniform_counts, unpack_reference
-from .lowering import Lowered, fuse, lower, shapes_of
+from .lowering import Lowered, lower
 from .parts import Codec, Operand, Packed, Product
 from .quant import ColumnQuantizer, LayerQuantizer, QATQuantizer
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from .graph import Graph
-from .parts import Codec, Finisher, Operand, Packed
+from .parts import Codec, Finisher, Operand, Packed, graph_of
 
 
 @dataclass(frozen=True)
@@ -78,12 +79,43 @@ class FreezeReport:
     packed_bytes: int
     fp32_bytes: int
 
+    def __str__(self) -> str:
+        """A table of the layers, and what the whole model is like."""
+        heads = ("layer", "kind", "bits", "launches", "packed B", "FP32 B", "codes differ", "ties", "max difference")
+        rows = [
+            (
+                r.name,
+                r.kind,
+                f"{r.average_bits:.2f}" if r.coding else "-",
+                str(r.launches),
+                f"{r.code_bytes + r.operand_bytes + r.weight_bytes:,}",
+                f"{r.input_fp32_bytes + r.operand_fp32_bytes + r.weight_fp32_bytes:,}",
+                str(r.differing_codes + r.differing_operand_codes),
+                str(r.ties),
+                r.reason or f"{r.max_difference:.1e}",
+            )
+            for r in self.layers
+        ]
+        widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
+        lines = [
+            "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in (heads, *rows)
+        ]
+        return "\n".join(
+            [
+                *lines,
+                f"largest difference of an output {self.max_difference:.1e}, relative {self.max_relative:.1e}; "
+                f"{self.mismatched_predictions} predictions differ; {self.ties} codes by ties, {self.inherited} because of these",
+            ]
+        )
+
 
 def _prepares(model: IntegerModel, node: fx.Node, ready: set[fx.Node]) -> bool:
-    """Whether a node can run before the first kernel on integers."""
-    if node.op == "output" or not ready.issuperset(node.all_input_nodes):
+    """Whether a step belongs to what is bound: it picks an input, sorts its edges, or packs it."""
+    if not ready.issuperset(node.all_input_nodes):
         return False
-    return node.op != "call_module" or not isinstance(model.part(str(node.target)), Finisher)
+    if node.op == "call_module":
+        return isinstance(model.part(str(node.target)), Codec | Operand)
+    return node.target in (graph_of, operator.getitem, "get")
 
 
 class IntegerModel(nn.Module):

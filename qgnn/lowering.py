@@ -1,5 +1,5 @@
 """From the forward code of a model to the program of a frozen one: followed with :mod:`torch.fx`, its layers taken apart into
-:mod:`qgnn.parts`, then what stands between two parts taken over by the first."""
+:mod:`qgnn.parts`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 import torch_geometric.nn as pyg
 from torch import Tensor, fx, nn
-from torch.fx.node import Argument, map_arg
+from torch.fx.node import Argument
 from torch.fx.proxy import TraceError
 from torch_geometric import utils
 
@@ -27,7 +27,6 @@ from .parts import (
     Codec,
     CodecSpec,
     Constant,
-    Finisher,
     Norm,
     Operand,
     Product,
@@ -55,28 +54,20 @@ def _one_step(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         proxy = next((a for a in (*args, *kwargs.values()) if isinstance(a, fx.Proxy)), None)
-        return (
-            function(*args, **kwargs)
-            if proxy is None
-            else proxy.tracer.create_proxy("call_function", function, args, kwargs)
-        )
+        if proxy is None:
+            return function(*args, **kwargs)
+        return proxy.tracer.create_proxy("call_function", function, args, kwargs)
 
     return call
 
 
-_RELU: tuple[Any, ...] = (torch.relu, F.relu, torch.relu_, F.relu_, "relu", "relu_")
-_ADD: tuple[Any, ...] = (operator.add, operator.iadd, torch.add, "add", "add_")
-_DROPOUT = (
-    F.dropout,
-    torch.dropout,
-    torch.feature_dropout,
-    F.alpha_dropout,
-    F.feature_alpha_dropout,
-    F.dropout1d,
-    F.dropout2d,
-)
+RELU: tuple[Any, ...] = (torch.relu, F.relu, torch.relu_, F.relu_, "relu", "relu_")
+ADD: tuple[Any, ...] = (operator.add, torch.add, "add")
+ADD_TO: tuple[Any, ...] = (operator.iadd, "add_")
+"""Sums in place, of the first argument."""
+_DROPOUT = (F.dropout, torch.dropout, F.alpha_dropout, F.feature_alpha_dropout, F.dropout1d, F.dropout2d)
 _ELEMENTWISE: tuple[Any, ...] = (
-    *_RELU, *_DROPOUT, F.elu, F.gelu, F.leaky_relu, F.silu, F.normalize, torch.tanh, torch.sigmoid, "tanh", "sigmoid", "float", "contiguous"
+    *RELU, *_DROPOUT, F.elu, F.gelu, F.leaky_relu, F.silu, F.normalize, torch.tanh, torch.sigmoid, "tanh", "sigmoid", "float", "contiguous"
 )  # fmt: skip
 """Functions whose result has the rows of their first argument."""
 
@@ -96,14 +87,13 @@ class Lowered:
 
 
 def lower(model: nn.Module, inputs: Sequence[str]) -> Lowered:
-    """Follows ``model``, in evaluation, which gets ``inputs`` by their names. Nothing is taken over yet: see :func:`fuse`.
+    """Follows ``model``, in evaluation, which gets ``inputs`` by their names. Nothing is taken over yet: see :mod:`qgnn.fusion`.
 
     Raises:
         ValueError: a layer is not ready to be frozen, or the forward code asks for values.
     """
-    for (
-        module
-    ) in model.modules():  # `self.pool = global_mean_pool` escapes torch.fx, which looks for functions among globals
+    # `self.pool = global_mean_pool` would escape torch.fx, which looks for functions among globals.
+    for module in model.modules():
         for name, value in list(vars(module).items()):
             if any(value is function for function in _OPAQUE):
                 setattr(module, name, _one_step(value))
@@ -167,7 +157,7 @@ class _Lowering(fx.Tracer):
         proxy = super().create_proxy(kind, target, args, kwargs, *more, **others)
         if kind in ("call_function", "call_method"):
             ends = [self._root(a) for a in args if isinstance(a, fx.Proxy)]
-            same = target in _ADD and len(ends) == 2 and ends[0] is ends[1]
+            same = target in (*ADD, *ADD_TO) and len(ends) == 2 and ends[0] is ends[1]
             if same or (ends and target in _ELEMENTWISE):
                 self.rows[proxy.node] = ends[0]
         return proxy
@@ -479,9 +469,6 @@ def _check_finite(name: str, **tensors: Tensor | None) -> None:
             raise ValueError(f"layer {name}: {part}[{place}] is not finite")
 
 
-# -- after it was followed ---------------------------------------------------------------------------------------------------------------------
-
-
 def _tidy(lowered: Lowered, model: nn.Module) -> None:
     """Writes constants and pools, and leaves out what evaluation does."""
     program = lowered.program
@@ -524,76 +511,3 @@ def _attribute(model: nn.Module, target: str) -> Tensor:
 
 def _argument(node: fx.Node, place: int, name: str, default: Argument) -> Any:
     return node.args[place] if len(node.args) > place else node.kwargs.get(name, default)
-
-
-def _is(node: fx.Node, functions: tuple[Any, ...]) -> bool:
-    return node.op in ("call_function", "call_method") and node.target in functions
-
-
-def fuse(lowered: Lowered, shapes: dict[fx.Node, torch.Size]) -> None:
-    """Lets every part that finishes rows take over what only reads its result: batch normalisation, a summand, ReLU, the next part's codes.
-
-    ``shapes``: of the values of the program, as far as they are known; a summand must have the shape of the sum.
-    """
-    program = lowered.program
-    for node in list(program.nodes):
-        part = lowered.parts.get(str(node.target)) if node.op == "call_module" else None
-        if isinstance(part, Finisher):
-            while len(node.users) == 1 and _take_over(lowered, node, part, next(iter(node.users)), shapes):
-                pass
-    program.lint()
-
-
-def _take_over(
-    lowered: Lowered, node: fx.Node, part: Finisher, user: fx.Node, shapes: dict[fx.Node, torch.Size]
-) -> bool:
-    """Whether ``part`` could take over the one step that reads its result."""
-    next_part = lowered.parts.get(str(user.target)) if user.op == "call_module" else None
-    plain = not part.relu and part.post_scale is None
-    if part.following:
-        return False
-    if _is(user, _RELU) and plain:
-        part.relu = True
-    elif isinstance(next_part, Affine):
-        part.absorb_affine(next_part.scale, next_part.shift, node.kwargs.get("addend") is not None)
-    elif _is(user, _ADD) and plain and node.kwargs.get("addend") is None and not user.kwargs:
-        first, second = user.args
-        other = second if first is node else first
-        if not isinstance(other, fx.Node) or other is node or shapes.get(other, 0) != shapes.get(node, 1):
-            return False
-        node.kwargs = {**node.kwargs, "addend": other}
-    elif isinstance(next_part, Codec) and next_part.fuses and user.args[0] is node:
-        part.following.append(next_part)
-        if len(user.args) > 1:
-            node.kwargs = {**node.kwargs, "following": user.args[1]}
-    elif isinstance(next_part, Operand) and isinstance(part, Product):
-        part.following.append(next_part)
-    else:
-        return False
-    user.prepend(node)  # what the user read beside it is known there
-    user.replace_all_uses_with(node)
-    lowered.program.erase_node(user)
-    if isinstance(next_part, Affine):
-        del lowered.parts[str(user.target)]
-    return True
-
-
-def shapes_of(lowered: Lowered, inputs: Sequence[Any]) -> dict[fx.Node, torch.Size]:
-    """Shapes of the float values of a program that nothing was taken over in, on given inputs."""
-    shapes: dict[fx.Node, torch.Size] = {}
-    values: dict[fx.Node, Any] = {}
-    given = iter(inputs)
-    for node in lowered.program.nodes:
-        args = map_arg(node.args, lambda n: values[n])
-        kwargs = map_arg(node.kwargs, lambda n: values[n])
-        if node.op == "placeholder":
-            values[node] = next(given)
-        elif node.op == "call_function":
-            values[node] = node.target(*args, **kwargs)
-        elif node.op == "call_method":
-            values[node] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
-        elif node.op == "call_module":
-            values[node] = lowered.parts[str(node.target)](*args, **kwargs)
-        if isinstance(values.get(node), Tensor):
-            shapes[node] = values[node].shape
-    return shapes

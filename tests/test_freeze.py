@@ -511,6 +511,22 @@ def test_codes_that_differ_are_counted_with_their_reason(monkeypatch):
     assert (int(compared.differing.sum()), compared.ties()) == (24, 24)
 
 
+def test_the_report_is_a_table():
+    torch.manual_seed(2)
+    data = graph_data()
+    model = trained(pyg.GraphSAGE(24, 16, 2, 5, aggr="max"), "int8", data)
+    model.convs[1] = qgnn.convert(pyg.GCNConv(16, 5), "int8")
+    model.supports_edge_weight = False
+    with torch.no_grad():
+        model(data.x, data.edge_index)
+    report = qgnn.freeze(model, data).report
+    head, first, second, total = str(report).splitlines()
+    assert head.split()[:4] == ["layer", "kind", "bits", "launches"]
+    assert first.split() == ["convs.0", "float", "-", "0", "0", "0", "0", "0", "max", "is", "no", "sum"]
+    assert second.split()[:4] == ["convs.1", "gcn", "8.00", "3"]
+    assert f"{report.ties} codes by ties" in total
+
+
 def test_without_data_there_is_no_report():
     torch.manual_seed(2)
     data = graph_data()

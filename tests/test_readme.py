@@ -90,8 +90,11 @@ def test_links_lead_somewhere() -> None:
         ("affine", ["fake_quantize_affine"]),
         ("aggregate", ["aggregate", "aggregate_arg_backward", "edge_dot", "aggregate_packed", "aggregate_rows"]),
         ("matmul", ["matmul_packed", "matmul_transposed"]),
-        ("attention", ["edge_softmax", "edge_softmax_backward", "gat_aggregate", "gat_backward"]),
-        ("nearest", ["nearest_group", "fake_quantize_nearest", "group_sums"]),
+        (
+            "attention",
+            ["edge_softmax", "edge_softmax_backward", "gat_aggregate", "gat_backward", "attention_scores", "gat_packed"],
+        ),
+        ("nearest", ["nearest_group", "fake_quantize_nearest", "group_sums", "quantize_nearest"]),
         ("scatter", ["segment_reduce", "segment_mul_backward", "segment_gather"]),
         ("percentile", ["tails"]),
     ],
@@ -100,3 +103,15 @@ def test_every_operation_of_the_table_has_its_backends(file: str, functions: lis
     for room, suffix in (("cpu.", ""), ("gpu.", ""), ("", "_reference")):
         module = importlib.import_module(f"qgnn.kernels.{room}{file}")
         assert all(callable(getattr(module, f"{name}{suffix}", None)) for name in functions), module.__name__
+
+
+def test_the_page_on_integers_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "docs/integers.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    names: dict[str, object] = {}
+    exec(compile("".join(blocks), "docs/integers.md", "exec"), names)
+    report = names["frozen"].report
+    assert [layer.launches for layer in report.layers if layer.kind == "sage"] == [1, 1]
+    assert sum(layer.launches for layer in report.layers) == 3 + 5
+    assert all((ROOT / "docs" / target).is_file() for target in re.findall(r"\]\(([^)#]+)\)", page))
