@@ -7,11 +7,13 @@ import base64
 import builtins
 import hashlib
 import json
+import math
 import operator
 import os
 import uuid
 import zlib
 from collections.abc import Callable
+from keyword import iskeyword
 from pathlib import Path
 from typing import Any, get_args
 
@@ -43,7 +45,8 @@ from .parts import (
 FORMAT = "qgnn-integer-model"
 VERSION = 2
 
-_LONGEST_HEADER = 2**26
+_LONGEST_HEADER, _LONGEST_REPETITION = 2**26, 2**24
+"""Bytes and elements: what a small file may grow to."""
 
 _NAMES = {
     torch: "abs add amax amin arange argmax cat chunk clamp clamp_min cos div einsum exp flatten gather index_select log log_softmax matmul max mean "
@@ -128,7 +131,9 @@ def load(path: str | os.PathLike[str]) -> IntegerModel:
         if description.pop("sha256", None) != _digest(description, tensors):
             raise ValueError("its checksum is wrong, so it is damaged; copy or save it again")
         return _built(description, _expanded(tensors, description["repeated"]))
-    except (KeyError, TypeError, ValueError, RecursionError, AttributeError, RuntimeError) as error:
+    except (
+        ArithmeticError, AssertionError, AttributeError, LookupError, NameError, RuntimeError, SyntaxError, TypeError, ValueError
+    ) as error:  # fmt: skip
         message = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"{os.fspath(path)} is not a qgnn model that this version reads: {message}") from None
 
@@ -171,7 +176,9 @@ def _digest(description: dict[str, Any], tensors: dict[str, Tensor]) -> str:
 def _compacted(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, list[int]]]:
     """Tensors of one value, as the steps of a scheme with one range are, as that value, and the shapes that they have."""
     repeated = {
-        name: list(t.shape) for name, t in tensors.items() if t.numel() > 1 and bool((t == t.reshape(-1)[0]).all())
+        name: list(t.shape)
+        for name, t in tensors.items()
+        if 1 < t.numel() <= _LONGEST_REPETITION and bool((t == t.reshape(-1)[0]).all())
     }
     return {name: t.reshape(-1)[:1].clone() if name in repeated else t for name, t in tensors.items()}, repeated
 
@@ -181,7 +188,8 @@ def _expanded(tensors: dict[str, Tensor], repeated: dict[str, list[int]]) -> dic
     if not set(repeated) <= set(tensors):
         raise ValueError(f"it repeats the values of tensors that it lacks, {sorted(set(repeated) - set(tensors))}")
     for name, shape in repeated.items():
-        if tensors[name].numel() != 1 or not all(type(n) is int and n >= 0 for n in shape):
+        size = math.prod(n if type(n) is int and n >= 0 else _LONGEST_REPETITION + 1 for n in shape)
+        if tensors[name].numel() != 1 or size > _LONGEST_REPETITION:
             raise ValueError(f"it repeats {name}, {tuple(tensors[name].shape)}, to the shape {shape!r}")
     return {name: t.expand(repeated[name]) if name in repeated else t for name, t in tensors.items()}
 
@@ -268,9 +276,16 @@ def _description(metadata: dict[str, str]) -> dict[str, Any]:
     return description
 
 
+def _is_name(text: object) -> bool:
+    """Whether torch.fx may write ``text`` into the Python code that it makes of a program: it writes names as they are."""
+    return isinstance(text, str) and text.isidentifier() and not iskeyword(text)
+
+
 def _built(description: dict[str, Any], tensors: dict[str, Tensor]) -> IntegerModel:
     parts: dict[str, nn.Module] = {}
     entries = description["parts"]
+    if not all(map(_is_name, entries)):
+        raise ValueError(f"its parts are called {sorted(entries)}, which are no names")
     for name in sorted(entries, key=lambda n: _ORDER.index(entries[n]["type"]) if entries[n]["type"] in _ORDER else 0):
         prefix = f"parts.{name}."
         own = {key[len(prefix) :]: tensors.pop(key) for key in list(tensors) if key.startswith(prefix)}
@@ -441,7 +456,7 @@ def _program(entries: list[list[Any]], parts: dict[str, nn.Module]) -> fx.Graph:
     nodes: dict[str, fx.Node] = {}
 
     def read(value: Any) -> Any:
-        if isinstance(value, list):
+        if isinstance(value, list) and value:
             made = [read(item) for item in value[1:]]
             return tuple(made) if value[0] else made
         if not isinstance(value, dict):
@@ -458,11 +473,13 @@ def _program(entries: list[list[Any]], parts: dict[str, nn.Module]) -> fx.Graph:
         return _TYPES[content] if kind == "dtype" else Ellipsis
 
     for name, op, target, *given in entries:
-        if name in nodes or not str(name).isidentifier():
+        if name in nodes or not _is_name(name):
             raise ValueError(f"two steps are called {name}, or it is no name")
         args, kwargs = map(read, given)
+        if not isinstance(args, tuple) or not isinstance(kwargs, dict) or not all(map(_is_name, kwargs)):
+            raise ValueError(f"step {name} is given {given!r}")
         known = {"call_module": target in parts, "call_method": target in METHODS, "call_function": target in FUNCTIONS}
-        known |= {"placeholder": str(target).isidentifier(), "output": True}
+        known |= {"placeholder": _is_name(target), "output": True}
         if not known.get(op):
             raise ValueError(f"step {name} is an unknown {op} {target!r}")
         if target == "getattr" and op == "call_function" and args[1] not in ATTRIBUTES:

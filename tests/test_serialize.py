@@ -266,6 +266,7 @@ def test_tampered_descriptions(saved, tmp_path, part):
         (lambda d: d["parts"]["convs_0_sum"].update(following=["convs_0_codec"]), "reads 20 others"),
         (lambda d: d["parts"]["convs_0_sum"].update(operand="convs_1_operand"), "has 9 columns, its operand 3"),
         (lambda d: d["repeated"].update({"parts.convs_0_codec.step": [12]}), "repeats parts.convs_0_codec.step"),
+        (lambda d: d["repeated"].update({"parts.convs_0_codec.bits": [2**40]}), "repeats parts.convs_0_codec.bits"),
         (lambda d: d["repeated"].update({"other": [9]}), "it repeats the values of tensors that it lacks"),
         (lambda d: d["program"].clear(), "a program has one output"),
         (lambda d: d["program"].append(d["program"][0]), "two steps are called x"),
@@ -290,6 +291,26 @@ def test_tampered_programs(saved, tmp_path, change, message):
     path = tmp_path / "model"
     sealed(saved[1], path, json.dumps(description))
     assert message in refused(path)
+
+
+@pytest.mark.parametrize("place", ["keyword", "part", "step"])
+def test_a_file_runs_no_code(saved, tmp_path, place):
+    """torch.fx writes a program as Python, names as they are."""
+    path, proof = tmp_path / "model", tmp_path / "proof"
+    description = json.loads(json.dumps(saved[2]))
+    code = f"input = open({str(proof)!r}, 'w') and None, b"
+    program = description["program"]
+    if place == "keyword":
+        program.insert(1, ["a", "call_function", "torch.relu", [True], {"dict": {code: 1}}])
+    elif place == "part":
+        name = f'x") or open({str(proof)!r}, "w") or ("'
+        description["parts"][name] = description["parts"]["convs_0_operand"]
+        program.insert(1, ["a", "call_module", name, [True, {"node": "x"}], {"dict": {}}])
+    else:
+        program.insert(1, [code, "call_function", "torch.relu", [True, {"node": "x"}], {"dict": {}}])
+    sealed(saved[1], path, json.dumps(description))
+    assert refused(path)
+    assert not proof.exists()
 
 
 @pytest.mark.parametrize(

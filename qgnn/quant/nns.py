@@ -57,6 +57,8 @@ class GroupQuantizer(LearnedQuantizer):
     @torch.no_grad()
     def _start_input(self, x: Tensor) -> None:
         """The groups' largest values are spread over the rows' largest magnitudes, so that each group serves equally many nodes at first."""
+        if not x.size(0):
+            return
         place = torch.linspace(0, max(x.size(0) - 1, 0), self.bits.numel(), device=x.device).round().long()
         largest = torch.sort(x.abs().amax(1)).values[place].clamp_min(SMALLEST_STEP)
         if self.initial_step or not self.scheme.learn_bits:
