@@ -97,6 +97,7 @@ def convert(
     conversion = _Conversion(parsed, num_nodes if per_node else None, _skipped(model, skip))
     conversion.visit(model, "")
     result: nn.Module = copy.deepcopy(model, conversion.copies)
+    conversion.take_over_hooks()
     copied = dict(result.named_modules(remove_duplicate=False))
     for name, part in model.named_modules():  # from the outside in
         if name in copied:
@@ -134,6 +135,7 @@ class _Conversion:
     def __init__(self, scheme: Scheme, num_nodes: Nodes, skipped: set[nn.Module]) -> None:
         self.scheme, self.num_nodes, self.skipped = scheme, num_nodes, skipped
         self.copies: dict[int, Any] = {}
+        self._replaced: list[tuple[nn.Module, nn.Module]] = []
         self.quantized: list[str] = []
         self.in_float: dict[str, str] = {}
         self._seen: set[nn.Module] = set()
@@ -146,7 +148,7 @@ class _Conversion:
         kind = type(module).__name__
         if module in self.skipped:
             self.in_float[name] = _SKIPPED
-        elif type(module) in _MAKERS:
+        elif type(module) in _MAKERS or isinstance(module, nn.LazyLinear):
             if any(is_lazy(p) for p in module.parameters()):
                 raise ValueError(f"{module} has not seen its input yet: run the model once before convert")
             rows = _rows(name, self.num_nodes)
@@ -172,6 +174,7 @@ class _Conversion:
         new = _MAKERS[type(layer)](self, layer, rows)
         self._take_over(new, layer)
         self.copies[id(layer)] = new
+        self._replaced.append((layer, new))
         self.quantized.append(name)
         for part in ("lin_edge", "res"):
             if isinstance(layer, pyg.GATConv) and getattr(layer, part) is not None:
@@ -180,7 +183,7 @@ class _Conversion:
                 )
 
     def _take_over(self, new: nn.Module, layer: nn.Module) -> None:
-        """Gives ``new`` the parameters, buffers, hooks, device and type of ``layer``."""
+        """Gives ``new`` the parameters, buffers, device and type of ``layer``."""
         own, given = _tensors(new), _tensors(layer)
         if own.keys() != given.keys():
             raise ValueError(f"it has other parameters than usual: {', '.join(sorted(own.keys() ^ given.keys()))}")
@@ -189,8 +192,12 @@ class _Conversion:
         for key, tensor in given.items():
             owner, _, leaf = key.rpartition(".")
             setattr(new.get_submodule(owner), leaf, copy.deepcopy(tensor, self.copies))
-        for hooks in _HOOKS:
-            new.__dict__[hooks] = copy.deepcopy(layer.__dict__[hooks], self.copies)
+
+    def take_over_hooks(self) -> None:
+        """Gives every counterpart its layer's hooks. Last of all: a hook may hold the model, whose copy is complete only now."""
+        for layer, new in self._replaced:
+            for hooks in _HOOKS:
+                new.__dict__[hooks] = copy.deepcopy(layer.__dict__[hooks], self.copies)
 
     def linear(self, layer: Any, rows: Rows) -> nn.Module:
         """Of PyG's and torch's Linear."""

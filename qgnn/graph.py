@@ -34,6 +34,10 @@ def _check_integers(name: str, value: Tensor, dim: int) -> None:
         raise ValueError(f"{name} must have {dim} dimension(s), got shape {tuple(value.shape)}")
 
 
+_lasting = torch.inference_mode(False)
+"""For what a graph keeps: made in inference mode, it would be of no use in training, and have no version to remember more by."""
+
+
 class Graph:
     """A directed graph with edges sorted by destination (CSR).
 
@@ -176,15 +180,18 @@ class Graph:
         return self.indptr.device
 
     @cached_property
+    @_lasting
     def schedule(self) -> Schedule:
         return build_schedule(self.indptr, self.sort)
 
     @cached_property
+    @_lasting
     def rows(self) -> Tensor:
         """Destination of every CSR edge, int32 ``[E]``."""
         return rows_of_edges(self.indptr)
 
     @cached_property
+    @_lasting
     def in_degree(self) -> Tensor:
         """Edges that end at each node, int64 ``[N]``."""
         return (self.indptr[1:] - self.indptr[:-1]).long()
@@ -195,6 +202,7 @@ class Graph:
         return int(self.in_degree.max()) if self.num_nodes else 0
 
     @cached_property
+    @_lasting
     def transposed(self) -> tuple[Tensor, Tensor, Tensor, Schedule]:
         """The CSC: ``indptr`` ``[M + 1]``, ``indices`` (destinations, int32), ``edges`` (CSR place of every transposed edge, int32 or int64), and
         the schedule of its rows."""
@@ -205,6 +213,7 @@ class Graph:
         return indptr, self.rows[edges], edges.to(self.indptr.dtype), build_schedule(indptr, self.sort)
 
     @cached_property
+    @_lasting
     def with_self_loops(self) -> Graph:
         return self.add_self_loops()
 
@@ -246,11 +255,13 @@ class Graph:
         return torch.cat([values, extra])[self.perm]
 
     @cached_property
+    @_lasting
     def inv_sqrt_degree(self) -> Tensor:
         """``D^-1/2`` of the in-degrees, float32 ``[N]``; 0 for a node without edges. GCN folds it into the steps (NUMERICS 7)."""
         return _inv_sqrt(self.indptr)
 
     @cached_property
+    @_lasting
     def inv_degree(self) -> Tensor:
         """One over the in-degrees, float32 ``[N]``; 1 for a node without edges. A mean is the sum times it."""
         return _inv(self.indptr)

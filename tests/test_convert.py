@@ -387,6 +387,26 @@ def test_hooks_stay(data):
     assert seen == [(GCNConv, (NODES, 8)), 2, "backward"]
 
 
+class Watching(pyg.GCN):
+    """Its first layer has a hook that holds the whole model."""
+
+    def __init__(self) -> None:
+        super().__init__(6, 8, 2, 3)
+        self.shapes: list[torch.Size] = []
+        self.convs[0].register_forward_hook(self.note)
+
+    def note(self, layer, args, out):
+        self.shapes.append(out.shape)
+
+
+def test_a_hook_may_hold_the_model(data):
+    model = Watching()
+    converted = qgnn.convert(model, "int8")
+    converted(*data)
+    assert [type(conv) for conv in converted.convs] == [GCNConv, GCNConv]
+    assert converted.shapes == [(NODES, 8)] and not model.shapes
+
+
 def test_converting_again_changes_the_scheme(data):
     model = qgnn.convert(pyg.GCN(6, 8, 2, 3), "int8")
     model(*data)
@@ -404,11 +424,12 @@ def test_lazy_sizes(data):
         qgnn.convert(model, "int8")
     model(*data)
     assert qgnn.convert(model, "int8").convs[0].in_channels == 6
-    linear = nn.Sequential(pyg.Linear(-1, 3))
-    with pytest.raises(ValueError, match=r"has not seen its input yet: run the model once"):
-        qgnn.convert(linear, "int8")
-    linear(data[0])
-    assert qgnn.convert(linear, "int8")[0].in_channels == 6
+    for lazy in (pyg.Linear(-1, 3), nn.LazyLinear(3)):
+        linear = nn.Sequential(lazy)
+        with pytest.raises(ValueError, match=r"has not seen its input yet: run the model once"):
+            qgnn.convert(linear, "int8")
+        linear(data[0])
+        assert qgnn.convert(linear, "int8")[0].in_channels == 6
 
 
 class OwnConv(pyg.GCNConv):

@@ -9,7 +9,7 @@ import torch
 from torch_geometric.data import Data
 from torch_geometric.utils import add_remaining_self_loops
 
-from qgnn import Graph
+from qgnn import Graph, ops
 from qgnn import graph as graph_module
 
 # 4 nodes, edges source -> destination: 2->1, 0->1, 3->3, 2->1 (again), 1->0; node 2 has no in-edge.
@@ -355,3 +355,14 @@ def test_graph_of_something_else():
         Graph.of([[0], [1]], 2)
     with pytest.raises(TypeError, match=r"got a torch.sparse_coo tensor"):
         Graph.of(torch.eye(3).to_sparse(), 3)
+
+
+def test_what_a_graph_keeps_from_inference_mode_is_of_use_in_training():
+    edge_index, x = torch.randint(20, (2, 90)), torch.randn(20, 3, requires_grad=True)
+    g = Graph.from_edge_index(edge_index, 20)
+    with torch.inference_mode():
+        first = ops.aggregate(g, x)
+        assert not any(part.is_inference() for part in (*g.schedule, g.rows, *g.transposed[:3], g.inv_degree))
+    ops.aggregate(g, x).sum().backward()
+    torch.testing.assert_close(first, torch.zeros(20, 3).index_add(0, edge_index[1], x.detach()[edge_index[0]]))
+    torch.testing.assert_close(x.grad, torch.bincount(edge_index[0], minlength=20).float()[:, None].expand(20, 3))

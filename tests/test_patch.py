@@ -11,11 +11,11 @@ import torch
 import torch_geometric.nn.aggr.base
 import torch_geometric.utils
 from torch_geometric import EdgeIndex
-from torch_geometric.nn import GATConv, GCNConv, GINConv, GraphConv, MessagePassing, SAGEConv
+from torch_geometric.nn import GATConv, GCNConv, GINConv, GraphConv, MessagePassing, SAGEConv, SGConv
 from torch_geometric.utils import scatter, segment, softmax, spmm
 
 import qgnn
-from qgnn import patch
+from qgnn import patch, pyg_ops
 
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 # Sums of at most 40 normal numbers in another order, or in float32 where torch adds in 16 bits: a few roundings of values up to about 30.
@@ -224,7 +224,8 @@ def test_layers(name, flow):
     edge_index = graph()
     function = "scatter" if name in ("SAGE, max", "GAT") else "MessagePassing.propagate"
     compare(lambda x: layer(x, edge_index), torch.randn(30, 6), name=function)
-    compare(lambda x: layer(x, edge_index), torch.randn(3, 30, 6), name="scatter") if name != "GAT" else None
+    if name != "GAT":
+        compare(lambda x: layer(x, edge_index), torch.randn(3, 30, 6), name="scatter")
     if name in ("GraphConv", "GCN, no normalisation"):
         compare(lambda x, w: layer(x, edge_index, w), torch.randn(30, 6), torch.rand(200), name=function)
 
@@ -253,6 +254,36 @@ def test_layer_made_and_used_only_with_the_patch():
         out = layer(x, edge_index)
         on_kernels("MessagePassing.propagate")
     torch.testing.assert_close(layer(x, edge_index), out)
+
+
+def own_sum():
+    class Own(MessagePassing):
+        def forward(self, x, edge_index):
+            return self.propagate(edge_index, x=x)
+
+    return Own()
+
+
+def own_double():
+    class Own(MessagePassing):
+        def forward(self, x, edge_index):
+            return self.propagate(edge_index, x=x)
+
+        def message(self, x_j):
+            return 2 * x_j
+
+    return Own()
+
+
+def test_two_classes_of_one_name():
+    x, edge_index = torch.randn(30, 3), graph()
+    layers = own_sum(), own_double()
+    functions = [type(layer)._jinja_propagate for layer in layers]
+    before, expected = [f.__code__ for f in functions], [layer(x, edge_index) for layer in layers]
+    with qgnn.patch_pyg():
+        for layer, out in zip(layers, expected, strict=True):
+            torch.testing.assert_close(layer(x, edge_index), out)
+    assert all(f.__code__ is code for f, code in zip(functions, before, strict=True))
 
 
 @pytest.mark.parametrize("what", ["hooks", "explain", "decomposed", "instance", "own"])
@@ -306,9 +337,49 @@ def test_changes_in_place_are_seen():
             assert not torch.equal(scatter(x[edges[0]], edges[1], 0, 30), first)
 
 
+def test_a_gpu_asks_for_versions_instead(monkeypatch):
+    compared = []
+    monkeypatch.setattr(pyg_ops, "_waits", lambda tensor: True)
+    monkeypatch.setattr(
+        pyg_ops, "_same_content", lambda t, c, same=pyg_ops._same_content: compared.append(0) or same(t, c)
+    )
+    src, indices = torch.randn(200, 4), [graph(seed=seed)[1] for seed in range(2)]
+
+    def check():
+        for index in indices:
+            torch.testing.assert_close(scatter(src, index, 0, 30), torch.zeros(30, 4).index_add(0, index, src))
+
+    with qgnn.patch_pyg():
+        check()
+        assert compared  # another tensor of that shape
+        compared.clear()
+        check()
+        assert not compared
+        indices[0].copy_(indices[1])
+        check()
+
+
+def test_graphs_made_in_inference_are_of_use_in_training():
+    torch.manual_seed(0)
+    edge_index = torch.randint(5, (2, 9))
+    x, weight = (torch.randn(n, dtype=torch.float64, requires_grad=True) for n in ((5, 2), (9,)))
+    layer = GraphConv(2, 2).double()
+    calls = [lambda: layer(x, edge_index, weight), lambda: softmax(x[edge_index[0]], edge_index[1], num_nodes=5)]
+    expected = []
+    for patched in (False, True):
+        with qgnn.patch_pyg() if patched else warnings.catch_warnings():
+            for call in calls:
+                with torch.inference_mode():
+                    call()
+                (grad,) = torch.autograd.grad(call().square().sum(), x, create_graph=True)
+                expected.append(torch.autograd.grad(grad.square().sum(), x)[0])
+    for theirs, ours in zip(expected[:2], expected[2:], strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
 def test_the_graph_is_built_once_for_equal_edges(monkeypatch):
     built = []
-    monkeypatch.setattr(patch, "_directed", lambda *a, build=patch._directed: built.append(0) or build(*a))
+    monkeypatch.setattr(patch, "directed", lambda *a, build=patch.directed: built.append(0) or build(*a))
     layer, x = GCNConv(6, 4), torch.randn(30, 6)
     with qgnn.patch_pyg():
         for _ in range(3):
@@ -347,6 +418,24 @@ def test_everything_is_restored_to_identical_objects():
             assert f.__code__ is code and f.__defaults__ is defaults and f.__dict__ == attributes
     for module, was in zip(modules, names, strict=True):
         assert vars(module).keys() == was.keys() and all(vars(module)[k] is v for k, v in was.items())
+
+
+def test_an_ended_patch_cannot_be_entered():
+    handle = qgnn.patch_pyg()
+    handle.restore()
+    with pytest.raises(RuntimeError, match=r"has ended; call qgnn.patch_pyg\(\) again"), handle:
+        pass
+
+
+def test_nothing_is_held_after_a_failure(monkeypatch):
+    code = scatter.__code__
+    monkeypatch.setattr(patch, "spmm", None)
+    with pytest.raises(AttributeError):
+        qgnn.patch_pyg()
+    assert scatter.__code__ is code
+    monkeypatch.undo()
+    with qgnn.patch_pyg():
+        assert scatter.__code__ is not code
 
 
 def test_every_alias_is_caught():
@@ -429,6 +518,7 @@ def test_what_goes_to_pyg_and_why(call, reason):
         lambda s, i: GCNConv(4, 2)(s, torch.stack([i + 180, i])),
         lambda s, i: GCNConv(4, 2, normalize=False)(s, torch.stack([i - 1, i])),
         lambda s, i: SAGEConv(4, 2)(s, torch.stack([i, i]), size=(3, 3)),
+        lambda s, i: SGConv(4, 2).propagate(torch.stack([i, i]), x=s, edge_weight=None),
         lambda s, i: SAGEConv(4, 2)((s, None), torch.stack([i, i + 9]), size=(200, 30)),
     ],
 )
