@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .backend import implementation
+from .backend import implementation, operation
 from .packing import pack_bits_reference
 from .quantize import compute_dtype
 
@@ -34,7 +34,7 @@ def fake_quantize_affine_reference(
     return torch.where(keep, x, out.to(x.dtype)), pack_bits_reference(outside)
 
 
-@torch.library.custom_op("qgnn::fake_quantize_affine", mutates_args=())
+@operation("qgnn::fake_quantize_affine")
 def fake_quantize_affine(
     x: Tensor, scale: Tensor, zero: Tensor, bits: int, protect: Tensor | None
 ) -> tuple[Tensor, Tensor]:

@@ -102,7 +102,7 @@ def aggregate_arg_backward_reference(
     return out.index_add_(0, sources, messages).to(grad.dtype)
 
 
-@torch.library.custom_op("qgnn::aggregate_arg_backward", mutates_args=())
+@operation("qgnn::aggregate_arg_backward")
 def aggregate_arg_backward(
     indptr: Tensor, indices: Tensor, edges: Tensor, grad: Tensor, arg: Tensor, weight: Tensor | None
 ) -> Tensor:
@@ -127,7 +127,7 @@ def edge_dot_reference(rows: Tensor, indices: Tensor, x: Tensor, grad: Tensor, a
     return product.sum(1)
 
 
-@torch.library.custom_op("qgnn::edge_dot", mutates_args=())
+@operation("qgnn::edge_dot")
 def edge_dot(rows: Tensor, indices: Tensor, x: Tensor, grad: Tensor, arg: Tensor | None) -> Tensor:
     """Gradient of the edge weights: the dot product of ``x[indices[e]]`` and ``grad[rows[e]]``, over the features where ``arg`` is ``e`` if it is
     given; ``x`` ``[M, F]``, ``grad`` ``[N, F]`` -> float32 (float64 for float64) ``[E]`` in CSR order."""

@@ -31,7 +31,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .backend import implementation
+from .backend import implementation, operation
 from .matmul import epilogue_reference, output_reference
 from .packing import empty_output, uniform_counts, unpack_reference
 from .quantize import compute_dtype
@@ -55,7 +55,7 @@ def edge_softmax_reference(indptr: Tensor, rows: Tensor, schedule: Sequence[Tens
     return (torch.exp(wide - top[place]) / total[place]).to(scores.dtype)
 
 
-@torch.library.custom_op("qgnn::edge_softmax", mutates_args=())
+@operation("qgnn::edge_softmax")
 def edge_softmax(indptr: Tensor, rows: Tensor, schedule: Sequence[Tensor], scores: Tensor) -> Tensor:
     """``scores`` ``[E, H]`` -> ``alpha`` ``[E, H]`` in their dtype (float16, bfloat16, float32; float64 on a CPU)."""
     return implementation("attention", "edge_softmax", edge_softmax_reference, scores)(indptr, rows, schedule, scores)
@@ -74,7 +74,7 @@ def edge_softmax_backward_reference(
     return (product - wide * _row_sum(rows, indptr.numel() - 1, product)[rows.long()]).to(alpha.dtype)
 
 
-@torch.library.custom_op("qgnn::edge_softmax_backward", mutates_args=())
+@operation("qgnn::edge_softmax_backward")
 def edge_softmax_backward(
     indptr: Tensor, rows: Tensor, schedule: Sequence[Tensor], alpha: Tensor, grad: Tensor
 ) -> Tensor:
@@ -111,7 +111,7 @@ def gat_aggregate_reference(
     return out.to(x.dtype), top, total
 
 
-@torch.library.custom_op("qgnn::gat_aggregate", mutates_args=())
+@operation("qgnn::gat_aggregate")
 def gat_aggregate(
     indptr: Tensor, indices: Tensor, rows: Tensor, schedule: Sequence[Tensor], x: Tensor, src: Tensor, dst: Tensor, edge_score: Tensor | None,
     scale: Tensor | None, negative_slope: float,
@@ -155,7 +155,7 @@ def gat_backward_reference(
     return grad_x.to(x.dtype), _row_sum(indices, m, draw), _row_sum(rows, n, draw), draw
 
 
-@torch.library.custom_op("qgnn::gat_backward", mutates_args=())
+@operation("qgnn::gat_backward")
 def gat_backward(
     indptr: Tensor, indices: Tensor, rows: Tensor, schedule: Sequence[Tensor], transposed: Sequence[Tensor], grad: Tensor, x: Tensor, src: Tensor,
     dst: Tensor, edge_score: Tensor | None, scale: Tensor | None, out: Tensor, top: Tensor, total: Tensor, negative_slope: float,
@@ -186,7 +186,7 @@ def attention_scores_reference(
     return products.view(sources, 2, heads, channels).sum(3).view(sources, 2 * heads)
 
 
-@torch.library.custom_op("qgnn::attention_scores", mutates_args=())
+@operation("qgnn::attention_scores")
 def attention_scores(x: Tensor, container: int, sources: int, heads: int, channels: int, vectors: Tensor) -> Tensor:
     """Codes ``x`` (packed ``[M, H * C]``, ``M = sources``, signed, in one ``container``) and ``vectors`` ``[2, H * C]`` (float32: step times
     ``att_src``, step times ``att_dst``) -> float32 ``[M, 2 * H]``: the sums over each head's channels of ``code * vectors[0]``, then those of
@@ -216,7 +216,7 @@ def gat_packed_reference(
     return output_reference(v, output, out_step, out_bits, out_pos, out_counts, out_signed)
 
 
-@torch.library.custom_op("qgnn::gat_packed", mutates_args=())
+@operation("qgnn::gat_packed")
 def gat_packed(
     indptr: Tensor, indices: Tensor, schedule: Sequence[Tensor], x: Tensor, container: int, sources: int, heads: int, channels: int, src: Tensor,
     dst: Tensor, negative_slope: float, output: str, col_scale: Tensor | None, bias: Tensor | None, addend: Tensor | None, relu: bool,

@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch._library.custom_ops import CustomOpDef
+from torch._library.custom_ops import CustomOpDef  # torch.library.custom_op returns it, and exports no name for it
 
 BACKENDS = ("triton", "cpu", "reference")
 _chosen: ContextVar[str | None] = ContextVar("qgnn_backend", default=None)
@@ -25,6 +25,10 @@ def _checked(name: str) -> str:
     return name
 
 
+PLAIN = frozenset((type(None), bool, int, float, str, list, tuple))
+"""Types of arguments that hold no gradient."""
+
+
 class Operation(CustomOpDef):
     """A custom op that calls its function at once where nothing wants to see the operation: no compiler, no dispatch mode (fake tensors, tracing),
     no transform, no profiler, no gradient. The dispatcher takes 20 µs a call with twenty arguments, as long as the work on a small graph."""
@@ -32,24 +36,30 @@ class Operation(CustomOpDef):
     function: Callable[..., Any]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not kwargs and _unseen(args):
+            return self.function(*args)
         dispatch: Callable[..., Any] = super().__call__
-        if (
-            kwargs
-            or torch.compiler.is_compiling()
-            or torch._C._len_torch_dispatch_stack()
-            or torch._C._functorch.peek_interpreter_stack() is not None
-            or torch._C._autograd._profiler_enabled()
-        ):
-            return dispatch(*args, **kwargs)
-        recorded = torch.is_grad_enabled()
-        for a in args:
-            kind = type(a)
-            if kind is Tensor or kind is nn.Parameter:
-                if recorded and a.requires_grad:
-                    return dispatch(*args)
-            elif isinstance(a, Tensor):  # another subclass may have its own way with operations
-                return dispatch(*args)
-        return self.function(*args)
+        return dispatch(*args, **kwargs)
+
+
+def _unseen(args: tuple[Any, ...]) -> bool:
+    """Whether nothing wants to see an operation on ``args``."""
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._autograd._profiler_enabled()
+    ):
+        return False
+    recorded = torch.is_grad_enabled()
+    for a in args:
+        kind = type(a)
+        if kind is Tensor or kind is nn.Parameter:
+            if recorded and a.requires_grad:
+                return False
+        elif kind not in PLAIN:  # another subclass of Tensor may have its own way with operations
+            return False
+    return True
 
 
 def operation(name: str) -> Callable[[Callable[..., Any]], Operation]:
@@ -87,7 +97,7 @@ def _module(room: str, operation: str) -> ModuleType:
 
 def implementation(operation: str, function: str, reference: Callable[..., Any], tensor: Tensor) -> Callable[..., Any]:
     """The function that runs ``operation`` (a file name in ``gpu/`` and ``cpu/``) on the device of ``tensor``."""
-    device = tensor.device.type
+    device = "cpu" if tensor.is_cpu else tensor.device.type
     name = current_backend(device)
     if name == "reference":
         return reference

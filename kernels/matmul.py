@@ -115,7 +115,7 @@ def matmul_transposed_reference(
     return (scale.unsqueeze(1) * codes).t() @ grad
 
 
-@torch.library.custom_op("qgnn::matmul_transposed", mutates_args=())
+@operation("qgnn::matmul_transposed")
 def matmul_transposed(
     x: Tensor,
     pos: Tensor | None,

@@ -22,7 +22,7 @@ import math
 import torch
 from torch import Tensor
 
-from .backend import implementation
+from .backend import implementation, operation
 from .packing import bucket_starts, pack_reference, uniform_counts
 from .quantize import codes_reference, compute_dtype, fake_quantize_reference
 
@@ -48,7 +48,7 @@ def nearest_group_reference(absmax: Tensor, bounds: Tensor, order: Tensor) -> Te
     return order[torch.bucketize(absmax, bounds).masked_fill(absmax.isnan(), 0)]
 
 
-@torch.library.custom_op("qgnn::nearest_group", mutates_args=())
+@operation("qgnn::nearest_group")
 def nearest_group(absmax: Tensor, bounds: Tensor, order: Tensor) -> Tensor:
     """``group`` (int64 ``[N]``) of rows whose largest magnitudes are ``absmax`` ``[N]``, in the dtype of ``bounds``.
 
@@ -75,7 +75,7 @@ def fake_quantize_nearest_reference(
     return out, clip, group
 
 
-@torch.library.custom_op("qgnn::fake_quantize_nearest", mutates_args=())
+@operation("qgnn::fake_quantize_nearest")
 def fake_quantize_nearest(
     x: Tensor, bounds: Tensor, order: Tensor, step: Tensor, bits: Tensor, signed: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -104,7 +104,7 @@ def quantize_nearest_reference(
     return pack_reference(codes, None, uniform_counts(x.size(0), container)), step[group], group
 
 
-@torch.library.custom_op("qgnn::quantize_nearest", mutates_args=())
+@operation("qgnn::quantize_nearest")
 def quantize_nearest(
     x: Tensor, bounds: Tensor, order: Tensor, step: Tensor, bits: Tensor, signed: bool, container: int
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -130,7 +130,7 @@ def group_sums_reference(group: Tensor, a: Tensor, b: Tensor, groups: int) -> tu
     return a.new_zeros(groups).index_add(0, group, a), b.new_zeros(groups).index_add(0, group, b)
 
 
-@torch.library.custom_op("qgnn::group_sums", mutates_args=())
+@operation("qgnn::group_sums")
 def group_sums(group: Tensor, a: Tensor, b: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     """Sums of ``a`` and of ``b`` (float32 or float64 ``[N]``) over the rows of each group, ``[groups]``: what a group learns from the nodes that
     used it. Groups that nobody used get 0. Two runs give the same bits."""

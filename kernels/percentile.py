@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .backend import implementation
+from .backend import implementation, operation
 
 LARGEST = 2**31 - 2**14
 """Values that int32 counts on a GPU can hold; kernels count a little beyond the last one."""
@@ -25,7 +25,7 @@ def tails_reference(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return ordered[k].clone(), ordered[-1 - k].clone()
 
 
-@torch.library.custom_op("qgnn::tails", mutates_args=())
+@operation("qgnn::tails")
 def tails(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The ``(k + 1)``-th smallest and the ``(k + 1)``-th largest value of ``x`` (float32 ``[N]``), tensors of one element, exactly.
 

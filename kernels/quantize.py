@@ -20,7 +20,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .backend import implementation
+from .backend import implementation, operation
 from .packing import bucket_starts, pack_bits_reference, pack_reference, unpack_bits_reference, unpack_reference
 
 
@@ -91,7 +91,7 @@ def quantize_reference(
     return pack_reference(codes, pos, counts), pack_bits_reference(clipped), *g
 
 
-@torch.library.custom_op("qgnn::quantize", mutates_args=())
+@operation("qgnn::quantize")
 def quantize(
     x: Tensor,
     step: Tensor,
@@ -140,7 +140,7 @@ def fake_quantize_reference(
     return out.to(x.dtype), pack_bits_reference(clipped), *g
 
 
-@torch.library.custom_op("qgnn::fake_quantize", mutates_args=())
+@operation("qgnn::fake_quantize")
 def fake_quantize(
     x: Tensor, step: Tensor, bits: Tensor, row: bool, signed: bool, gradients: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -168,7 +168,7 @@ def fake_quantize_backward_reference(
     return torch.where(clipped, torch.zeros_like(grad), grad), (g * d_step).sum(dim), (g * d_bits).sum(dim)
 
 
-@torch.library.custom_op("qgnn::fake_quantize_backward", mutates_args=())
+@operation("qgnn::fake_quantize_backward")
 def fake_quantize_backward(
     grad: Tensor, x: Tensor, step: Tensor, bits: Tensor, row: bool, signed: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -189,7 +189,7 @@ def mask_clipped_reference(grad: Tensor, clip: Tensor) -> Tensor:
     return torch.where(unpack_bits_reference(clip, grad.size(1)), torch.zeros_like(grad), grad)
 
 
-@torch.library.custom_op("qgnn::mask_clipped", mutates_args=())
+@operation("qgnn::mask_clipped")
 def mask_clipped(grad: Tensor, clip: Tensor) -> Tensor:
     """``grad`` ``[N, F]`` with zeros where the clip bit is set: the straight-through gradient of x (A2Q eq. 10)."""
     return implementation("quantize", "mask_clipped", mask_clipped_reference, grad)(grad, clip)
@@ -214,7 +214,7 @@ def dequantize_reference(
     return _spread(step, row) * codes
 
 
-@torch.library.custom_op("qgnn::dequantize", mutates_args=())
+@operation("qgnn::dequantize")
 def dequantize(
     data: Tensor,
     step: Tensor,

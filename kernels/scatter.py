@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .aggregate import aggregate_reference, rows_of_edges
-from .backend import implementation
+from .backend import implementation, operation
 from .quantize import compute_dtype
 
 REDUCTIONS = ("sum", "mean", "max", "min", "mul")
@@ -25,7 +25,7 @@ def group_reference(index: Tensor, size: int) -> tuple[Tensor, Tensor]:
     return indptr, torch.argsort(index, stable=True).to(torch.int32)
 
 
-@torch.library.custom_op("qgnn::group", mutates_args=())
+@operation("qgnn::group")
 def group(index: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """``indptr`` ``[size + 1]`` and ``indices`` ``[E]``, int32, of the groups that ``index`` ``[E]`` names: int32 or int64, 0 to ``size - 1``, which
     is not checked here; ``E < 2^31``. The rows of a group keep their order."""
@@ -54,7 +54,7 @@ def segment_reduce_reference(indptr: Tensor, indices: Tensor, x: Tensor, reduce:
     return out, torch.where(arg == edges, -1, arg)
 
 
-@torch.library.custom_op("qgnn::segment_reduce", mutates_args=())
+@operation("qgnn::segment_reduce")
 def segment_reduce(indptr: Tensor, indices: Tensor, x: Tensor, reduce: str) -> tuple[Tensor, Tensor]:
     """``x`` ``[E, K]`` (float16, bfloat16, float32, float64; int32 and int64, which have no mean) -> ``out`` ``[N, K]`` in the dtype of ``x``, and
     for max and min ``arg`` ``[N, K]`` in the dtype of ``indptr``: the position in ``indices`` of the row that was taken, the first of equals, NaN
@@ -79,7 +79,7 @@ def segment_mul_backward_reference(indptr: Tensor, indices: Tensor, grad: Tensor
     return (grad.to(wide.dtype)[rows] * others).to(x.dtype)
 
 
-@torch.library.custom_op("qgnn::segment_mul_backward", mutates_args=())
+@operation("qgnn::segment_mul_backward")
 def segment_mul_backward(indptr: Tensor, indices: Tensor, grad: Tensor, x: Tensor) -> Tensor:
     """Gradient of x for mul: ``grad`` ``[N, K]`` of its group times the product of the group's other rows, zeros among them or not -> ``[E, K]``."""
     return implementation("scatter", "segment_mul_backward", segment_mul_backward_reference, x)(
@@ -98,7 +98,7 @@ def segment_gather_reference(indptr: Tensor, indices: Tensor, x: Tensor) -> Tens
     return out
 
 
-@torch.library.custom_op("qgnn::segment_gather", mutates_args=())
+@operation("qgnn::segment_gather")
 def segment_gather(indptr: Tensor, indices: Tensor, x: Tensor) -> Tensor:
     """Its group's row of ``x`` ``[N, K]`` (any dtype of :func:`segment_reduce`) for each of the ``E`` members -> ``[E, K]``."""
     return implementation("scatter", "segment_gather", segment_gather_reference, x)(indptr, indices, x)

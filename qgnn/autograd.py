@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from .graph import Graph
@@ -28,6 +29,14 @@ from .kernels.scatter import segment_gather, segment_mul_backward, segment_reduc
 
 TRAINING_CONTAINER = 8
 """Container of the codes that training keeps: widths change at every step, and asking a GPU for them would cost a synchronisation."""
+
+
+def records(tensor: Tensor) -> bool:
+    """Whether the gradient of ``tensor`` is asked for, backwards or forwards, or a compiler has to find out. Where it is not, a kernel is called
+    without a Function, which costs 7 µs, as much as the sums of a small graph."""
+    if torch.compiler.is_compiling():
+        return True
+    return (tensor.requires_grad and torch.is_grad_enabled()) or forward_ad._current_level >= 0
 
 
 class FakeQuantize(torch.autograd.Function):

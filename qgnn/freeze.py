@@ -102,7 +102,8 @@ def _value(data: Any, name: str) -> Any:
         return None
     if isinstance(data, HeteroData):
         return getattr(data, name if name.endswith("_dict") else f"{name}_dict", None) or None
-    return data.to_dict().get(name)
+    value = getattr(data, name, None)
+    return None if callable(value) else value
 
 
 def _built(lowered: Lowered) -> IntegerModel:

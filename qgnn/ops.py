@@ -13,6 +13,7 @@ from . import autograd
 from .graph import Graph
 from .kernels import nearest
 from .kernels.aggregate import REDUCTIONS, aggregate_packed, aggregate_rows
+from .kernels.aggregate import aggregate as aggregate_values
 from .kernels.matmul import matmul_packed
 from .kernels.quantize import compute_dtype
 from .kernels.scatter import REDUCTIONS as SEGMENT_REDUCTIONS
@@ -297,7 +298,9 @@ def aggregate(
 
 def aggregate_csr(g: Graph, x: Tensor, weight: Tensor | None, reduce: str = "sum") -> Tensor:
     """:func:`aggregate` for layers: float ``x`` that is known to fit, and ``weight`` ``[E]`` already in CSR order."""
-    return autograd.Aggregate.apply(x, weight, g, reduce)
+    if autograd.records(x) or (weight is not None and autograd.records(weight)):
+        return autograd.Aggregate.apply(x, weight, g, reduce)
+    return aggregate_values(g.indptr, g.indices, list(g.schedule), x, weight, reduce)[0]
 
 
 def _check_heads(name: str, value: Tensor, g: Graph, shape: tuple[int, ...], letters: str) -> None:

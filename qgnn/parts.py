@@ -20,11 +20,12 @@ from . import ops
 from .graph import Graph, TracedGraph, traced_graph
 from .kernels.aggregate import aggregate_packed
 from .kernels.attention import attention_scores, gat_packed
+from .kernels.binary import quantize_binary
 from .kernels.matmul import matmul_packed
 from .kernels.nearest import group_table, nearest_group, quantize_nearest
 from .kernels.packing import bucket_rows, container_of, containers_of, uniform_counts
 from .kernels.quantize import largest_code, quantize
-from .qtensor import check_values
+from .qtensor import check_finite
 from .quant.base import row_binary_codes
 
 Coding = Literal["binary", "node", "tensor", "group"]
@@ -226,10 +227,10 @@ class Codec(Part):
             shape = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
             raise ValueError(f"x of layer {self.layer} must be a tensor [N, {spec.features}], got {shape}")
         x = x.detach().float()
-        if not torch.compiler.is_compiling() and (x.device.type == "cpu" or os.environ.get("QGNN_DEBUG") == "1"):
-            check_values(x, x.new_ones(1))
         if spec.coding == "binary":
             return self._binary(x, graph)
+        if not torch.compiler.is_compiling() and (x.device.type == "cpu" or os.environ.get("QGNN_DEBUG") == "1"):
+            check_finite(x)
         assert self.step is not None and self.bits is not None, "as it is not binary"
         if spec.coding == "group":
             data, step, _ = quantize_nearest(
@@ -237,21 +238,18 @@ class Codec(Part):
             )
             return Packed(data, self._scale(step, graph))
         place = self.place(x.size(0), graph)
-        given = x if spec.signed else x.clamp_min(0)
-        data, *_ = quantize(given, place.step, place.bits, True, spec.signed, place.pos, place.counts, False)
+        data, *_ = quantize(x, place.step, place.bits, True, spec.signed, place.pos, place.counts, False)
         return Packed(data, place.scale)
 
     def _binary(self, x: Tensor, graph: LayerGraph | None) -> Packed:
+        data, step, valid = quantize_binary(x)
         if torch.compiler.is_compiling():
-            top = x.amax(1, keepdim=True)
-            valid = ((x == 0) | (x == top)).all() & (top >= 0).all()
-            torch._assert_async(valid, f"layer {self.layer} was trained on rows of 0 and one constant, and got others")
-            step = torch.where(top > 0, top, torch.ones_like(top)).squeeze(1)
-            bits = torch.ones_like(step, dtype=torch.uint8)
-        else:
-            codes = row_binary_codes(x)
-            step, bits = codes.step, codes.bits
-        data, *_ = quantize(x, step, bits, True, False, None, uniform_counts(x.size(0), 1), False)
+            torch._assert_async(
+                valid.all(), f"layer {self.layer} was trained on rows of 0 and one constant, and got others"
+            )
+        elif not bool(valid.all()):
+            check_finite(x)
+            row_binary_codes(x)  # names the row
         return Packed(data, self._scale(step, graph))
 
 
@@ -271,7 +269,7 @@ class Operand(Part):
         if x.dim() != 2 or x.size(1) != self.step.numel():
             raise ValueError(f"x of layer {self.layer} must be a tensor [N, {self.step.numel()}], got {list(x.shape)}")
         if not torch.compiler.is_compiling() and (x.device.type == "cpu" or os.environ.get("QGNN_DEBUG") == "1"):
-            check_values(x, x.new_ones(1))
+            check_finite(x)
         counts = uniform_counts(x.size(0), self.container)
         data, *_ = quantize(x.detach().float(), self.step, self.bits, False, True, None, counts, False)
         return data

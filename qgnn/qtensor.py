@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
@@ -64,12 +65,16 @@ def rounded_bits(bits: Tensor) -> Tensor:
     return torch.round(bits.detach().float()).clamp(0, 8).to(torch.uint8)
 
 
-def check_values(x: Tensor, step: Tensor) -> None:
-    """Raises ValueError for the first NaN or infinity in ``x`` and the first step that is not positive and finite. Waits for the device."""
-    bad = ~torch.isfinite(x)
-    if bool(bad.any()):
-        place = tuple(bad.nonzero()[0].tolist())
+def check_finite(x: Tensor) -> None:
+    """Raises ValueError for the first NaN or infinity in ``x``, which show in its extremes: one pass, no mask. Waits for the device."""
+    if x.numel() and not all(map(math.isfinite, torch.stack(torch.aminmax(x.detach())).tolist())):
+        place = tuple((~torch.isfinite(x)).nonzero()[0].tolist())
         raise ValueError(f"x{list(place)} is {float(x[place])}; quantization needs finite values")
+
+
+def check_values(x: Tensor, step: Tensor) -> None:
+    """:func:`check_finite`, and raises ValueError for the first step that is not positive and finite."""
+    check_finite(x)
     bad = ~(torch.isfinite(step) & (step > 0))
     if bool(bad.any()):
         i = int(bad.nonzero()[0, 0])
@@ -131,7 +136,7 @@ class QTensor:
         # A copy: the tensor must not change when the caller's steps do.
         return cls(data, steps.detach().clone(), widths, axis, signed, x.size(1), tuple(counts), pos)
 
-    @property
+    @cached_property
     def shape(self) -> torch.Size:
         return torch.Size((sum(self.counts), self.features))
 
@@ -151,7 +156,7 @@ class QTensor:
         container = 4 if widest <= 4 else 8
         return pack_reference(self.codes().t(), None, uniform_counts(self.features, container)), container
 
-    @property
+    @cached_property
     def container(self) -> int:
         """The one container of all rows.
 

@@ -6,14 +6,17 @@ import numba
 import numpy as np
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from qgnn import Graph, ops
 from qgnn.kernels import packing
 from qgnn.kernels.aggregate import aggregate, aggregate_packed, aggregate_packed_reference
 from qgnn.kernels.backend import use_backend
 from qgnn.kernels.cpu import aggregate_packed as cpu_packed
-from qgnn.kernels.cpu import common, memory, product
+from qgnn.kernels.cpu import common, memory, narrow, product
 from qgnn.kernels.cpu import matmul as cpu_matmul
+from qgnn.kernels.cpu.plan import plan_of
 from qgnn.kernels.matmul import matmul_packed, matmul_packed_reference
 from qgnn.kernels.schedule import build_schedule
 
@@ -140,6 +143,7 @@ def test_writing_past_the_caches(monkeypatch, output):
     structure = graph([3, 0, 40, 1, 8], 5)
     for module in (cpu_packed, cpu_matmul):
         monkeypatch.setattr(module, "PAST_CACHE_BYTES", 0)
+    monkeypatch.setattr(narrow, "CACHED_BYTES", 0)
     for f in (16, 64, 100, 128, 192, 200):
         arguments = (*sums(structure, packed(5, f, 8), 8, 5, f)[:8], output, *sums(structure, None, 8, 5, f)[9:])
         assert_bitwise(aggregate_packed(*arguments), aggregate_packed_reference(*arguments), f"{f} columns")
@@ -168,6 +172,63 @@ def test_without_byte_products():
         run(tile, weights, totals, offsets, acc)
         expected = (x.long() - torch.from_numpy(offsets).long().unsqueeze(1)) @ w.long().t()
         assert acc[:, :m].tolist() == expected.tolist()
+
+
+def finished(structure, x, container, n, features, signed, absent=()):
+    """An aggregation to float with every step of the epilogue but for those that are ``absent``."""
+    generator = torch.Generator().manual_seed(features)
+    col_scale, bias, post_scale, post_shift = torch.randn(4, features, generator=generator)
+    steps = [
+        torch.rand(n, generator=generator), torch.tensor([0.5]), col_scale, bias, torch.randn(n, features, generator=generator), True, post_scale,
+        post_shift,
+    ]  # fmt: skip
+    for place in absent:
+        steps[place] = False if place == 5 else None
+    return *structure, x, container, n, features, signed, "float", *steps, None, None, None, [0] * 5, True
+
+
+@pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize("container", [1, 2, 4, 8])
+def test_small_graphs(many_threads, container, signed):
+    """Blocks of all widths and last blocks of all lengths, as long rows as 16 bits hold the sums of, at the ends of the codes, on one thread and two;
+    without each step of the epilogue, and without all but the column factor."""
+    structure = graph([3, 0, narrow.REACH, 1, 40, 7], 6)
+    for f in (*range(1, 18), 31, 64, 100, 137, 256, 300):
+        x = packed(6, f, container, f) if f % 3 else torch.full_like(packed(6, f, container), 255)
+        arguments = finished(structure, x, container, 6, f, signed)
+        expected = aggregate_packed_reference(*arguments)
+        for count in (1, 2):
+            many_threads(count)
+            assert_bitwise(aggregate_packed(*arguments), expected, f"{f} columns, {count} threads")
+    for absent in (*[(place,) for place in range(8)], (0, 1, 3, 4, 5, 6, 7), tuple(range(8))):
+        arguments = finished(structure, packed(6, 20, container), container, 6, 20, signed, absent)
+        assert_bitwise(aggregate_packed(*arguments), aggregate_packed_reference(*arguments), f"without {absent}")
+
+
+@pytest.mark.parametrize("weighted", [True, False])
+def test_small_graphs_give_the_bits_of_large_ones(monkeypatch, many_threads, weighted):
+    structure = graph([3, 0, narrow.REACH, 1, 40, 7], 6)
+    edges = structure[1].numel()
+    weight = torch.rand(edges, generator=torch.Generator().manual_seed(0)) if weighted else None
+    for f in (1, 7, 16, 33, 130, 300):
+        x = torch.randn(6, f, generator=torch.Generator().manual_seed(f))
+        for reduce in ("sum", "mean"):
+            results = []
+            for count, limit in ((1, narrow.CACHED_BYTES), (2, narrow.CACHED_BYTES), (1, 0)):
+                many_threads(count)
+                with monkeypatch.context() as patch:
+                    patch.setattr(narrow, "CACHED_BYTES", limit)
+                    results.append(aggregate(*structure, x, weight, reduce)[0])
+            assert_bitwise(results[1], results[0])
+            assert_bitwise(results[2], results[0])
+
+
+def test_which_graphs_are_small():
+    """A row too long for sums of 16 bits, and a table too large for a cache, go the other way."""
+    for longest, small in ((narrow.REACH, True), (narrow.REACH + 1, False)):
+        plan = plan_of(*graph([2, longest], 4))
+        assert narrow.fits(plan, 4 * 16, 16) is small
+        assert not narrow.fits(plan, narrow.CACHED_BYTES, 16)
 
 
 def test_changes_in_place_are_seen():
@@ -227,3 +288,12 @@ def test_operations_are_seen_where_something_looks():
     with torch.profiler.profile() as profile:
         aggregate_packed(*arguments)
     assert any(event.key == "qgnn::aggregate_packed" for event in profile.key_averages())
+
+
+def test_a_forward_gradient_is_not_lost():
+    """Without a gradient backwards the kernel is called without a Function; forwards there is none, and that is said."""
+    g = Graph.from_edge_index(torch.tensor([[0, 1], [1, 0]]), 2)
+    x = torch.ones(2, 3)
+    assert ops.aggregate(g, x).grad_fn is None
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="jvp"):
+        ops.aggregate(g, forward_ad.make_dual(x, x))

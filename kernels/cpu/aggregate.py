@@ -11,10 +11,11 @@ from torch import Tensor
 
 from ..packing import row_bytes, uniform_counts
 from .aggregate_extreme import aggregate_arg_backward, run_extreme
-from .aggregate_packed import SUMS, aggregate_packed
+from .aggregate_packed import aggregate_packed
 from .common import (
     NO_HUBS,
     PAST_CACHE_BYTES,
+    SUMS,
     Array,
     array,
     as_computed,
@@ -28,11 +29,13 @@ from .common import (
     parts_for,
     place,
     prefetch,
+    ready,
     sum_kernel,
     unpack_row,
 )
 from .gather import AHEAD, drain, stream_row, sum_row
 from .memory import empty
+from .narrow import fits, sum_values
 from .plan import plan_of
 
 __all__ = ["aggregate", "aggregate_arg_backward", "aggregate_packed", "aggregate_rows", "edge_dot"]
@@ -124,15 +127,19 @@ def aggregate(
     indptr: Tensor, indices: Tensor, schedule: Sequence[Tensor], x: Tensor, weight: Tensor | None, reduce: str
 ) -> tuple[Tensor, Tensor]:
     """Sum, mean, max or min of the neighbours' rows."""
-    wide = as_computed(x)
+    wide, features, plan = as_computed(x), x.size(1), plan_of(indptr, indices, schedule)
+    out = empty((plan.n, features), wide.dtype)
+    if reduce in ("sum", "mean") and wide.dtype == torch.float32 and fits(plan, wide.nbytes, features):
+        factor = None if weight is None else ready(weight, torch.float32)
+        sum_values(plan, ready(wide, torch.float32), factor, reduce == "mean", out)
+        return out if wide is x else out.to(x.dtype), indptr.new_empty(0)
     source, scale = array(wide), optional(weight, wide.dtype)
-    out = empty((indptr.numel() - 1, x.size(1)), wide.dtype)
     if reduce in ("sum", "mean"):
         nothing = np.empty(0, source.dtype)
-        factor = None if weight is None else scale
         _run_sum(
-            indptr, indices, schedule, source, None, factor, reduce == "mean", nothing, nothing, False, out.numpy()
-        )
+            indptr, indices, schedule, source, None, None if weight is None else scale, reduce == "mean", nothing,
+            nothing, False, out.numpy(),
+        )  # fmt: skip
         return out.to(x.dtype), indptr.new_empty(0)
     arg = torch.empty(out.shape, dtype=indptr.dtype)
     run_extreme(indptr, indices, schedule, source, scale, reduce == "max", out.numpy(), arg.numpy())

@@ -14,6 +14,8 @@ from .common import (
     NO_BUCKETS,
     NO_HUBS,
     PAST_CACHE_BYTES,
+    ROW,
+    SUMS,
     array,
     buckets_of,
     inlined,
@@ -25,18 +27,17 @@ from .common import (
     parallel_lock,
     parts_for,
     place,
+    ready,
     unpack_row,
 )
 from .epilogue import epilogue_row, pack_row
 from .gather import drain, stream_row, sum_codes_1, sum_codes_2, sum_codes_4, sum_codes_8
+from .memory import empty
+from .narrow import fits, sum_codes
 from .plan import plan_of
 
 ACC, FLOAT, ROWS = range(3)
 OUTPUTS = {"acc": ACC, "float": FLOAT, "rows": ROWS}
-
-SUMS = 16
-"""Sums that count as one element in the choice between one thread and many: 1,700,000 take 80 µs, about what it takes to
-wake a thread."""
 
 
 @inlined
@@ -143,6 +144,11 @@ def aggregate_packed(
 ) -> Tensor:  # fmt: skip
     """Sums of packed codes, and their epilogue."""
     plan, stride = plan_of(indptr, indices, schedule), row_bytes(container, features)
+    if output == "float" and container and fits(plan, sources * stride, features):
+        out = empty((plan.n, features), torch.float32)
+        scales, addends, post = (row_scale, self_scale, col_scale), (bias, addend), (post_scale, post_shift)
+        sum_codes(plan, ready(x, torch.uint8), container, stride, features, signed, scales, addends, relu, post, out)
+        return out
     out, views = output_of(output, plan.n, features, out_counts)
     # as many codes as the padded bytes hold
     slots = np.zeros((plan.slots, stride * 8 // container if container else features), np.int32)
@@ -154,7 +160,7 @@ def aggregate_packed(
         optional(out_pos, torch.int32), buckets_of(out_counts, features) if output == "rows" else NO_BUCKETS,
         out_signed, out.numel() * out.itemsize >= PAST_CACHE_BYTES, *views,
     )  # fmt: skip
-    parts = parts_for(plan.edges * features // SUMS)
+    parts = parts_for(plan.edges * features // SUMS + plan.n * ROW)
     work, graph = plan.work(parts), (plan.indptr, plan.indices, plan.hub)
     if parts > 1:
         with parallel_lock:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import numba
@@ -45,6 +46,12 @@ sum_kernel = numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"
 SERIAL_WORK = 1 << 17
 """Elements below which the work stays on one thread: it is then about as long as it takes to wake a second one."""
 
+SUMS = 16
+"""Sums over edges that count as one element in that choice: 1,700,000 take 80 µs, about what it takes to wake a thread."""
+
+ROW = 64
+"""Elements that a row of a packed result counts as besides: unpacking, finishing and packing it takes 30 to 50 ns."""
+
 parallel_lock = threading.Lock()
 """Held around parallel kernels: Numba's fallback threading layer ends the process when two Python threads enter it at
 once."""
@@ -63,6 +70,12 @@ def even_bounds(units: int, parts: int) -> NDArray[np.int64]:
     return np.arange(parts + 1, dtype=np.int64) * units // parts
 
 
+def ready(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor in that dtype and contiguous, itself if it is."""
+    tensor = tensor if tensor.dtype == dtype else tensor.to(dtype)
+    return tensor if tensor.is_contiguous() else tensor.contiguous()
+
+
 def array(tensor: Tensor) -> Array:
     """A C-contiguous NumPy view (a copy only if the tensor is not contiguous)."""
     if tensor.requires_grad:
@@ -71,7 +84,7 @@ def array(tensor: Tensor) -> Array:
 
 
 _NOTHING: dict[tuple[torch.dtype, int], Array] = {
-    (dtype, dim): torch.zeros((0,) * dim, dtype=dtype).numpy()
+    (dtype, dim): torch.zeros((0,) * dim, dtype=dtype, device="cpu").numpy()
     for dtype in (torch.bool, torch.uint8, torch.int32, torch.float32, torch.float64)
     for dim in (1, 2)
 }
@@ -107,24 +120,30 @@ PAST_CACHE_BYTES = 1 << 24
 
 def as_computed(x: Tensor) -> Tensor:
     """Half precision in float32; float32 and float64 as they are."""
-    return x if x.dtype == torch.float64 else x.float()
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
 def buckets_of(counts: Sequence[int], features: int) -> NDArray[np.int64]:
     """Rows: end of each bucket in places, its first byte, bytes of a row, container."""
-    ends = np.cumsum(np.asarray(counts, dtype=np.int64))
-    strides = [row_bytes(c, features) for c in CONTAINERS]
-    return np.array([ends, bucket_starts(counts, features)[:-1], strides, CONTAINERS], dtype=np.int64)
+    return _layout(tuple(counts), features)[0]
 
 
 def empty_packed(counts: Sequence[int], features: int) -> Tensor:
     """A buffer whose gaps between buckets are zero; the rows, their padding included, are the kernel's to write."""
-    starts = bucket_starts(counts, features)
-    data = empty((starts[-1],), torch.uint8)
-    view = data.numpy()
-    for container, count, start, end in zip(CONTAINERS, counts, starts[:-1], starts[1:], strict=True):
-        view[start + count * row_bytes(container, features) : end] = 0
+    _, size, gaps = _layout(tuple(counts), features)
+    data = empty((size,), torch.uint8)
+    for start, end in gaps:
+        data[start:end] = 0
     return data
+
+
+@lru_cache(maxsize=256)
+def _layout(counts: tuple[int, ...], features: int) -> tuple[NDArray[np.int64], int, list[tuple[int, int]]]:
+    """The buckets of packed rows, their bytes, and the gaps between them. A model asks for the same few at every call."""
+    starts, strides = bucket_starts(counts, features), [row_bytes(c, features) for c in CONTAINERS]
+    buckets = np.array([np.cumsum(counts, dtype=np.int64), starts[:-1], strides, CONTAINERS], dtype=np.int64)
+    ends = [start + count * stride for start, count, stride in zip(starts, counts, strides, strict=False)]
+    return buckets, starts[-1], [gap for gap in zip(ends, starts[1:], strict=True) if gap[0] < gap[1]]
 
 
 def emit_prefetch(builder: Any, pointer: Any) -> None:

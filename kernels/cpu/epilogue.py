@@ -4,6 +4,7 @@ since a Numba function with loops in it costs its caller a count of references, 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from llvmlite import ir
@@ -24,6 +25,21 @@ def load_block(context: Any, builder: Any, kind: Any, value: Any, width: int, *p
     """``width`` neighbouring elements."""
     vector = ir.VectorType(context.get_data_type(kind.dtype), width).as_pointer()
     return builder.load(builder.bitcast(_pointer(context, builder, kind, value, *place), vector), align=1)
+
+
+def positive(builder: Any, value: Any) -> Any:
+    """``max(value, 0)``; NaN stays."""
+    zero = ir.Constant(value.type, [ir.Constant(SINGLE, 0.0)] * value.type.count)
+    return builder.select(builder.fcmp_ordered("<", value, zero), zero, value)
+
+
+def finish(builder: Any, value: Any, steps: Sequence[tuple[Any, Callable[[Any], Any]]]) -> Any:
+    """``value`` after those steps whose operand is given: pairs of that condition and the step."""
+    memory = cgutils.alloca_once_value(builder, value)
+    for given, step in steps:
+        with builder.if_then(given):
+            builder.store(step(builder.load(memory)), memory)
+    return builder.load(memory)
 
 
 @intrinsic
@@ -47,7 +63,7 @@ def epilogue_row(
 
         def given(a):
             many = arrayobj.make_array(kinds[a])(context, builder, args[a]).nitems
-            return builder.if_then(builder.icmp_signed("!=", many, WORD(0)))
+            return builder.icmp_signed("!=", many, WORD(0))
 
         begin = builder.ptrtoint(_pointer(context, builder, kinds[13], args[13], args[14], WORD(0)), WORD)
         streamed = builder.icmp_signed("==", builder.and_(begin, WORD(63)), WORD(0))
@@ -57,36 +73,31 @@ def epilogue_row(
             vector = ir.VectorType(SINGLE, width)
             sums = load_block(context, builder, kinds[0], args[0], width, args[1], column)
             sums = builder.sitofp(sums, vector) if isinstance(kinds[0].dtype, types.Integer) else sums
-            memory = cgutils.alloca_once_value(builder, sums)
 
-            def step(a, operation, *place):
-                with given(a):
-                    if place == (i,) or place == (WORD(0),):
-                        pointer = _pointer(context, builder, kinds[a], args[a], *place)
-                        operand = _splat(builder, builder.load(pointer), width)
-                    else:
-                        operand = load_block(context, builder, kinds[a], args[a], width, *place)
-                    builder.store(operation(builder.load(memory), operand), memory)
+            def spread(a, *place):
+                single = builder.load(_pointer(context, builder, kinds[a], args[a], *place))
+                return _splat(builder, single, width)
 
-            def add_own(value, scale):
-                codes = load_block(context, builder, kinds[5], args[5], width, WORD(0), column)
-                return builder.fadd(value, builder.fmul(scale, builder.sitofp(codes, vector)))
+            def row(a, *place):
+                return load_block(context, builder, kinds[a], args[a], width, *place, column)
 
-            step(3, builder.fmul, i)
-            step(4, add_own, WORD(0))
-            step(6, builder.fmul, column)
-            step(7, builder.fadd, column)
-            step(8, builder.fadd, i, column)
-            zero = ir.Constant(vector, [ir.Constant(SINGLE, 0.0)] * width)
-            value = builder.load(memory)
-            negative = builder.and_(builder.fcmp_ordered("<", value, zero), _splat(builder, relu, width))
-            builder.store(builder.select(negative, zero, value), memory)
-            step(10, builder.fmul, column)
-            step(11, builder.fadd, column)
+            def own():
+                return builder.fmul(spread(4, WORD(0)), builder.sitofp(row(5, WORD(0)), vector))
+
+            steps = (
+                (given(3), lambda v: builder.fmul(v, spread(3, i))),
+                (given(4), lambda v: builder.fadd(v, own())),
+                (given(6), lambda v: builder.fmul(v, row(6))),
+                (given(7), lambda v: builder.fadd(v, row(7))),
+                (given(8), lambda v: builder.fadd(v, row(8, i))),
+                (relu, lambda v: positive(builder, v)),
+                (given(10), lambda v: builder.fmul(v, row(10))),
+                (given(11), lambda v: builder.fadd(v, row(11))),
+            )
+            value = finish(builder, sums, steps)
             target = builder.bitcast(
                 _pointer(context, builder, kinds[13], args[13], args[14], column), vector.as_pointer()
             )
-            value = builder.load(memory)
             if width == WIDEST:
                 with builder.if_else(streamed) as (then, otherwise):
                     with then:

@@ -40,32 +40,16 @@ def _splat(builder: Any, scalar: Any, width: int) -> Any:
     return builder.shuffle_vector(single, single, ir.Constant(ir.VectorType(ir.IntType(32), width), [0] * width))
 
 
-def _edge_loop(
-    context: Any, builder: Any, width: int, kinds: Any, arguments: Any, start: Sequence[Any], body: Callable[...,
-    Sequence[Any]]
-) -> list[Any]:  # fmt: skip
-    """Runs ``sums = body(edge, source, row, sums)`` over the edges ``first`` to ``last``; ``row`` is the loaded block
-    of the source."""
-    indices, first, last, table, column = arguments
-    element = context.get_data_type(kinds[3].dtype)
-    many = arrayobj.make_array(kinds[0])(context, builder, indices).nitems
-    # The edges asked for may belong to the next rows: those are summed next.
-    final = builder.sub(many, WORD(1))
+def _accumulate(
+    builder: Any, first: Any, last: Any, start: Sequence[Any], body: Callable[[Any, Sequence[Any]], Sequence[Any]]
+) -> list[Any]:
+    """Runs ``sums = body(edge, sums)`` over the edges ``first`` to ``last``, from ``start`` on."""
     entry, loop, done = builder.block, builder.append_basic_block("edge"), builder.append_basic_block("sums")
     builder.cbranch(builder.icmp_signed("<", first, last), loop, done)
     builder.position_at_end(loop)
     edge = builder.phi(WORD)
     sums = [builder.phi(value.type) for value in start]
-    later = builder.add(edge, WORD(AHEAD))
-    later = builder.select(builder.icmp_signed("<", later, final), later, final)
-    ahead = builder.sext(builder.load(_pointer(context, builder, kinds[0], indices, later)), WORD)
-    line = max(1, 64 // (element.width // 8 if isinstance(element, ir.IntType) else kinds[3].dtype.bitwidth // 8))
-    for offset in range(0, width, line):
-        emit_prefetch(builder, _pointer(context, builder, kinds[3], table, ahead, builder.add(column, WORD(offset))))
-    source = builder.sext(builder.load(_pointer(context, builder, kinds[0], indices, edge)), WORD)
-    address = _pointer(context, builder, kinds[3], table, source, column)
-    row = builder.load(builder.bitcast(address, ir.VectorType(element, width).as_pointer()), align=1)
-    new = body(edge, source, row, sums)
+    new = body(edge, sums)
     following = builder.add(edge, WORD(1))
     end = builder.block
     edge.add_incoming(first, entry)
@@ -84,6 +68,34 @@ def _edge_loop(
     return results
 
 
+def _edge_loop(
+    context: Any, builder: Any, width: int, kinds: Any, arguments: Any, start: Sequence[Any], body: Callable[...,
+    Sequence[Any]]
+) -> list[Any]:  # fmt: skip
+    """Runs ``sums = body(edge, source, row, sums)`` over the edges ``first`` to ``last``; ``row`` is the loaded block
+    of the source."""
+    indices, first, last, table, column = arguments
+    element = context.get_data_type(kinds[3].dtype)
+    many = arrayobj.make_array(kinds[0])(context, builder, indices).nitems
+    # The edges asked for may belong to the next rows: those are summed next.
+    final = builder.sub(many, WORD(1))
+    line = max(1, 64 // (element.width // 8 if isinstance(element, ir.IntType) else kinds[3].dtype.bitwidth // 8))
+
+    def add(edge: Any, sums: Sequence[Any]) -> Sequence[Any]:
+        later = builder.add(edge, WORD(AHEAD))
+        later = builder.select(builder.icmp_signed("<", later, final), later, final)
+        ahead = builder.sext(builder.load(_pointer(context, builder, kinds[0], indices, later)), WORD)
+        for offset in range(0, width, line):
+            place = builder.add(column, WORD(offset))
+            emit_prefetch(builder, _pointer(context, builder, kinds[3], table, ahead, place))
+        source = builder.sext(builder.load(_pointer(context, builder, kinds[0], indices, edge)), WORD)
+        address = _pointer(context, builder, kinds[3], table, source, column)
+        row = builder.load(builder.bitcast(address, ir.VectorType(element, width).as_pointer()), align=1)
+        return body(edge, source, row, sums)
+
+    return _accumulate(builder, first, last, start, add)
+
+
 def _as_words(context: Any, builder: Any, kinds: Any, arguments: Any) -> list[Any]:
     """Scalar arguments as 64-bit integers; arrays and None as they are."""
     return [
@@ -92,13 +104,13 @@ def _as_words(context: Any, builder: Any, kinds: Any, arguments: Any) -> list[An
     ]
 
 
-def _blocks(builder: Any, size: Any, widest: int, block: Callable[[int, Any], None]) -> None:
-    """Runs ``block(width, column)`` for the blocks of a row of ``size`` columns."""
+def _blocks(builder: Any, size: Any, widest: int, block: Callable[[int, Any], None], narrowest: int = 1) -> None:
+    """Runs ``block(width, column)`` for the blocks of a row of ``size`` columns, a multiple of ``narrowest``."""
     whole = builder.and_(size, WORD(-widest))
     with cgutils.for_range_slice(builder, WORD(0), whole, WORD(widest), WORD) as (column, _):
         block(widest, column)
     width = widest // 2
-    while width:
+    while width >= narrowest:
         with builder.if_then(builder.icmp_signed("!=", builder.and_(size, WORD(width)), WORD(0))):
             block(width, builder.and_(size, WORD(-2 * width)))
         width //= 2

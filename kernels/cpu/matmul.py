@@ -12,6 +12,7 @@ from torch import Tensor
 from .common import (
     NO_BUCKETS,
     PAST_CACHE_BYTES,
+    ROW,
     array,
     buckets_of,
     even_bounds,
@@ -116,7 +117,7 @@ def matmul_packed(
         buckets_of(out_counts, columns) if output in ("rows", "columns") else NO_BUCKETS, out_signed,
         out.numel() * out.itemsize >= PAST_CACHE_BYTES, *views,
     )  # fmt: skip
-    parts = parts_for(n * features * columns // PRODUCTS)
+    parts = parts_for(n * (features * columns // PRODUCTS + ROW))
     if parts > 1:
         with parallel_lock:
             _multiply_parallel(even_bounds(n, parts), *arguments)

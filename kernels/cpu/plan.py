@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -52,6 +52,8 @@ class Plan:
     Attributes:
         n: rows.
         indptr, indices: as arrays, offsets in int64, for which the kernels are compiled.
+        places: addresses of both.
+        longest: edges of the longest row.
         hub: edges from which a row is a hub.
         hubs: int64 ``[H, 3]``, row, first slot, slots.
         segments: int64 ``[S, 5]``, those of the hubs.
@@ -62,6 +64,8 @@ class Plan:
         self.n, self.edges = indptr.numel() - 1, indices.numel()
         self.indptr: Array = array(indptr.to(torch.int64))
         self.indices: Array = array(indices)
+        self.places = (self.indptr.ctypes.data, self.indices.ctypes.data)
+        self.longest = int(np.diff(self.indptr).max(initial=0))
         self.hubs: Array = array(schedule[2].to(torch.int64))
         if self.hubs.shape[0]:
             row = self.hubs[-1, 0]  # the smallest: hubs stand in order of falling degree
@@ -83,16 +87,19 @@ class Plan:
         return known
 
 
-_plans: dict[int, tuple[weakref.ref[Tensor], tuple[Any, ...], Plan]] = {}
+_plans: dict[int, tuple[weakref.ref[Tensor], tuple[int, ...], Plan]] = {}
 
 
 def plan_of(indptr: Tensor, indices: Tensor, schedule: Sequence[Tensor]) -> Plan:
     """The plan of a graph, remembered until one of its tensors changes, or ``indptr`` dies."""
-    tensors = (indptr, indices, schedule[1], schedule[2])
     if indptr.is_inference():  # it has no version, so a change in place could not be seen
         return Plan(indptr, indices, schedule)
+    _, segments, hubs = schedule
+    key = (
+        indptr.data_ptr(), indices.data_ptr(), segments.data_ptr(), hubs.data_ptr(),
+        indptr._version, indices._version, segments._version, hubs._version,
+    )  # fmt: skip
     place = id(indptr)
-    key = tuple([(t.data_ptr(), t._version) for t in tensors])
     known = _plans.get(place)
     if known is None or known[0]() is not indptr or known[1] != key:
         known = (weakref.ref(indptr, lambda _: _plans.pop(place, None)), key, Plan(indptr, indices, schedule))

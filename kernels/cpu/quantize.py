@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .codes import quantize_codes
 from .common import (
     Array,
     array,
@@ -243,6 +244,8 @@ def quantize(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Packed codes, clip bits, local gradients."""
     x, f = as_computed(x), x.size(1)
+    if x.dtype == torch.float32 and not gradients:
+        return *quantize_codes(x, step, bits, row, signed, pos, counts), x.new_empty(0), x.new_empty(0)
     data = empty_packed(counts, f)
     nothing = x.new_empty(0, f)
     return data, *_run_quantize(x, step, bits, row, signed, gradients, pos, buckets_of(counts, f), data, nothing, True)
