@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch_geometric.data import HeteroData
 
-from .fusion import fuse, shapes_of
+from .fusion import fuse, run
+from .graph import Graph
 from .integer import FreezeReport, IntegerModel, LayerReport
 from .kernels.packing import uniform_counts, unpack_reference
 from .lowering import Lowered, lower
@@ -56,12 +57,16 @@ def freeze(model: nn.Module, data: Data | HeteroData | None = None, *, cuda_grap
     lowered = lower(followed, names)
     names, inputs = _used(lowered, model, names, inputs)
     if data is None:
+        if cuda_graph:
+            raise ValueError("a CUDA graph is of the data that are bound: pass data, or call bind and capture later")
         fuse(lowered, {})
         return _built(lowered)
     with torch.no_grad(), _calls(followed) as calls:
         reference = followed(**dict(zip(names, inputs, strict=True)))
     with torch.no_grad():
-        fuse(lowered, shapes_of(lowered, inputs))
+        _, shapes = run(lowered, inputs)
+        _check_followed(lower(followed, names, whole=True), inputs, reference)
+    fuse(lowered, shapes)
     frozen = _built(lowered).bind(*inputs)
     frozen.report = _report(frozen, lowered, calls, inputs, reference)
     if cuda_graph:
@@ -72,16 +77,32 @@ def freeze(model: nn.Module, data: Data | HeteroData | None = None, *, cuda_grap
 def _inputs(model: nn.Module, data: Any) -> tuple[list[str], list[Any]]:
     """Names and values of the arguments of ``model.forward`` that the data hold."""
     names, inputs = [], []
-    for name, parameter in inspect.signature(model.forward).parameters.items():
+    parameters = inspect.signature(model.forward).parameters
+    for name, parameter in parameters.items():
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             continue
         value = _value(data, name)
-        if data is not None and value is None and parameter.default is parameter.empty:
+        required = parameter.default is parameter.empty
+        if not required and not isinstance(value, Tensor | Graph | dict):
+            continue
+        if value is None and required and len(parameters) == 1:
+            value = data  # `forward(self, data)`
+        if data is not None and value is None and required:
             raise ValueError(f"freeze needs data with {name}, which the model's forward takes")
-        if value is not None or (data is None and parameter.default is parameter.empty):
+        if value is not None or (data is None and required):
             names.append(name)
             inputs.append(value)
     return names, inputs
+
+
+def _check_followed(followed: Lowered, inputs: list[Any], reference: Any) -> None:
+    """Raises ValueError unless a program computes what the model does: Python code can do what torch.fx does not see."""
+    for a, b in zip(_tensors(run(followed, inputs)[0]), _tensors(reference), strict=True):
+        if not torch.allclose(a, b, rtol=1e-4, atol=1e-4 * float(b.abs().max()) if b.numel() else 0.0):
+            raise ValueError(
+                "freeze followed the forward code, and what it saw computes something else: the code must not change values in place "
+                "(h += 1), nor keep a state"
+            )
 
 
 def _used(lowered: Lowered, model: nn.Module, names: list[str], inputs: list[Any]) -> tuple[list[str], list[Any]]:

@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_map
 
 from .graph import Graph
-from .parts import Codec, Finisher, Operand, Packed, graph_of
+from .parts import Attention, Codec, Finisher, Operand, graph_of, graphs_of
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ def _prepares(model: IntegerModel, node: fx.Node, ready: set[fx.Node]) -> bool:
         return False
     if node.op == "call_module":
         return isinstance(model.part(str(node.target)), Codec | Operand)
-    return node.target in (graph_of, operator.getitem, "get")
+    return node.target in (graph_of, graphs_of, operator.getitem, getattr, "get")
 
 
 class IntegerModel(nn.Module):
@@ -144,6 +145,7 @@ class IntegerModel(nn.Module):
         # A tuple: their modules are registered as parts.
         self._programs = self._split()
         self._captured: _Captured | None = None
+        self.eval()
 
     def part(self, name: str) -> nn.Module:
         """The part of a name."""
@@ -167,10 +169,12 @@ class IntegerModel(nn.Module):
         return fx.GraphModule(self.parts, first, "Prepare"), fx.GraphModule(self.parts, rest, "Run")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> IntegerModel:
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch leaves Module._apply untyped
+        # devices only: steps are float32, whatever type is asked for
+        super()._apply(lambda t: t.to(fn(t).device), recurse)  # type: ignore[no-untyped-call]  # torch leaves Module._apply untyped
         tensors = [*self.buffers(), *self.parameters()]
         if self.bound is not None and tensors:
-            self.bound = tuple(_moved(value, tensors[0].device) for value in self.bound)
+            device = tensors[0].device
+            self.bound = tree_map(lambda v: v.to(device) if isinstance(v, Tensor | Graph) else v, self.bound)
         self._captured = None
         return self
 
@@ -183,7 +187,7 @@ class IntegerModel(nn.Module):
 
     def _arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
         given = dict(zip(self.inputs, args, strict=False)) | kwargs
-        if len(args) > len(self.inputs) or set(given) != set(self.inputs):
+        if len(args) + len(kwargs) != len(self.inputs) or set(given) != set(self.inputs):
             raise ValueError(f"pass {' and '.join(self.inputs)}, or nothing to run on what was bound")
         return [given[name] for name in self.inputs]
 
@@ -219,7 +223,10 @@ class IntegerModel(nn.Module):
         if devices != {"cuda"} or self.bound is None:
             raise ValueError("a CUDA graph needs the model on a GPU, with data bound")
         run, bound = self._programs[1], self.bound
-        self._captured = _Captured(lambda: run(*bound))
+        codecs = [part for part in self.parts.values() if isinstance(part, Codec)]
+        self._captured = _Captured(
+            lambda: run(*bound), next(self.buffers()).device, lambda: [c.remembered for c in codecs]
+        )
         return self
 
     @contextmanager
@@ -243,31 +250,38 @@ class IntegerModel(nn.Module):
         for node in self._programs[1].graph.nodes:
             part = self.parts[str(node.target)] if node.op == "call_module" else None
             if isinstance(part, Codec | Operand | Finisher):
-                counts[part.layer] += part.LAUNCHES
+                apart = (
+                    isinstance(part, Attention) and "target" in node.kwargs
+                )  # its destinations have scores of their own
+                counts[part.layer] += part.launches + apart
         return counts
 
 
-def _moved(value: Any, device: torch.device) -> Any:
-    if isinstance(value, Packed):
-        return Packed(value.data.to(device), value.scale.to(device))
-    return value.to(device) if isinstance(value, Tensor | Graph) else value
-
-
 class _Captured:
-    """A CUDA graph of one call. Its memory holds one result, so callers take turns and get a copy."""
+    """A CUDA graph of one call. Its memory holds one result, so callers take turns and get a copy. ``kept()`` is what the recorded kernels read
+    beside arguments: other calls let go of it, the graph must not."""
 
-    def __init__(self, call: Callable[[], Any]) -> None:
-        self.lock = threading.Lock()
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream), torch.no_grad():
-            call()  # compiles what is not compiled yet
-        torch.cuda.current_stream().wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph), torch.no_grad():
-            self.out = call()
+    def __init__(self, call: Callable[[], Any], device: torch.device, kept: Callable[[], object]) -> None:
+        self.lock, self.device, self.done = threading.Lock(), device, torch.cuda.Event()
+        with torch.cuda.device(device), torch.no_grad():
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                call()  # compiles what is not compiled yet
+            torch.cuda.current_stream().wait_stream(stream)
+            self.graph = torch.cuda.CUDAGraph()
+            try:
+                with torch.cuda.graph(self.graph):
+                    self.out = call()
+            except RuntimeError as error:
+                raise ValueError(f"a step of this model waits for the GPU, so it is no CUDA graph: {error}") from error
+            self.kept = kept()
+            self.done.record()
 
     def __call__(self) -> Any:
-        with self.lock:
+        with self.lock, torch.cuda.device(self.device):
+            torch.cuda.current_stream().wait_event(self.done)
             self.graph.replay()
-            return self.out.clone() if isinstance(self.out, Tensor) else [t.clone() for t in self.out]
+            out = tree_map(lambda t: t.clone() if isinstance(t, Tensor) else t, self.out)
+            self.done.record()
+            return out

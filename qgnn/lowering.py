@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -32,18 +33,19 @@ from .parts import (
     Product,
     Sum,
     graph_of,
+    graphs_of,
     pool,
 )
 from .qtensor import rounded_bits
-from .quant import ColumnQuantizer, GroupQuantizer, LayerQuantizer
+from .quant import ColumnQuantizer, GroupQuantizer, LayerQuantizer, batched_graph
 
 _LAYERS = (GATConv, GCNConv, GINConv, Linear, SAGEConv)
 _KINDS = {GATConv: "gat", GCNConv: "gcn", GINConv: "gin", Linear: "linear", SAGEConv: "sage"}
 _POOLS = {pyg.global_add_pool: "sum", pyg.global_mean_pool: "mean", pyg.global_max_pool: "max"}
 _AGGREGATIONS = {pyg.SumAggregation: "sum", pyg.MeanAggregation: "mean", pyg.MaxAggregation: "max"}
 _OPAQUE = (
-    *_POOLS, utils.scatter, utils.segment, utils.softmax, utils.spmm, utils.degree, utils.add_self_loops, utils.add_remaining_self_loops,
-    utils.remove_self_loops, utils.to_dense_batch,
+    *_POOLS, pool, batched_graph, utils.scatter, utils.segment, utils.softmax, utils.spmm, utils.degree, utils.add_self_loops,
+    utils.add_remaining_self_loops, utils.remove_self_loops, utils.to_dense_batch,
 )  # fmt: skip
 """PyG's functions whose code asks for sizes and types, which are not known while it is followed: each is one step."""
 
@@ -65,6 +67,7 @@ RELU: tuple[Any, ...] = (torch.relu, F.relu, torch.relu_, F.relu_, "relu", "relu
 ADD: tuple[Any, ...] = (operator.add, torch.add, "add")
 ADD_TO: tuple[Any, ...] = (operator.iadd, "add_")
 """Sums in place, of the first argument."""
+_UPDATES = (operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ipow, operator.imatmul)
 _DROPOUT = (F.dropout, torch.dropout, F.alpha_dropout, F.feature_alpha_dropout, F.dropout1d, F.dropout2d)
 _ELEMENTWISE: tuple[Any, ...] = (
     *RELU, *_DROPOUT, F.elu, F.gelu, F.leaky_relu, F.silu, F.normalize, torch.tanh, torch.sigmoid, "tanh", "sigmoid", "float", "contiguous"
@@ -76,7 +79,8 @@ _ELEMENTWISE: tuple[Any, ...] = (
 class Lowered:
     """A program and what it consists of (:class:`qgnn.integer.IntegerModel`).
 
-    ``origins`` says whose work a :class:`Codec` or an :class:`Operand` does, by the part's name: the quantizer, and the how manieth call of it.
+    ``origins`` says whose work a :class:`Codec` or an :class:`Operand` does, by the part's name: the quantizer, and the how manieth call of it;
+    ``rows``, for a value, an earlier one that has the same rows.
     """
 
     program: fx.Graph
@@ -84,10 +88,27 @@ class Lowered:
     kinds: dict[str, str] = field(default_factory=dict)
     floats: dict[str, str] = field(default_factory=dict)
     origins: dict[str, tuple[nn.Module, int]] = field(default_factory=dict)
+    rows: dict[fx.Node, fx.Node] = field(default_factory=dict)
+
+    def add(self, part: nn.Module, words: Sequence[str]) -> str:
+        """Adds a part, and gives it a name."""
+        base = "_".join(filter(None, words))
+        name, number = base, 1
+        while name in self.parts:
+            name, number = f"{base}_{number}", number + 1
+        self.parts[name] = part
+        return name
+
+    def root(self, node: fx.Node) -> fx.Node:
+        """The earliest value that has the rows of this one, as far as that is known."""
+        while node in self.rows:
+            node = self.rows[node]
+        return node
 
 
-def lower(model: nn.Module, inputs: Sequence[str]) -> Lowered:
-    """Follows ``model``, in evaluation, which gets ``inputs`` by their names. Nothing is taken over yet: see :mod:`qgnn.fusion`.
+def lower(model: nn.Module, inputs: Sequence[str], *, whole: bool = False) -> Lowered:
+    """Follows ``model``, in evaluation, which gets ``inputs`` by their names. Nothing is taken over yet: see :mod:`qgnn.fusion`. With ``whole``,
+    layers are not taken apart: the program then computes what the model does, if its code could be followed.
 
     Raises:
         ValueError: a layer is not ready to be frozen, or the forward code asks for values.
@@ -97,18 +118,20 @@ def lower(model: nn.Module, inputs: Sequence[str]) -> Lowered:
         for name, value in list(vars(module).items()):
             if any(value is function for function in _OPAQUE):
                 setattr(module, name, _one_step(value))
-    tracer = _Lowering(inputs)
+    tracer = _Lowering(inputs, whole)
     with _pyg_aggregations():
         try:
             tracer.lowered.program = tracer.trace(model)
-        except TraceError as error:
+        except (TraceError, TypeError) as error:
+            if isinstance(error, TypeError) and "Proxy" not in str(error):
+                raise
             raise ValueError(
-                f"freeze follows the forward code once for all inputs, and this code depends on values or sizes: {error}; "
-                "use torch functions in place of Python's if, for and len over tensors"
+                f"freeze follows the forward code once for all inputs, and that of {'.'.join(tracer.inside[-1:]) or 'the model'} depends on "
+                f"values or sizes: {error}; use torch functions in place of Python's if, for and len over tensors"
             ) from None
     lowered = tracer.lowered
     _tidy(lowered, model)
-    if not any(isinstance(part, Codec | Operand) for part in lowered.parts.values()):
+    if not whole and not any(isinstance(part, Codec | Operand) for part in lowered.parts.values()):
         _refuse(lowered)
     return lowered
 
@@ -136,20 +159,20 @@ def _pyg_aggregations() -> Any:
 class _Lowering(fx.Tracer):
     """Follows a model and writes parts in place of its layers."""
 
-    def __init__(self, inputs: Sequence[str]) -> None:
+    def __init__(self, inputs: Sequence[str], whole: bool) -> None:
         super().__init__(autowrap_functions=_OPAQUE)
         self._autowrap_search += [pyg, pyg.pool, utils]
-        self.inputs = inputs
+        self.inputs, self.whole = inputs, whole
         self.lowered = Lowered(fx.Graph())
-        self.rows: dict[fx.Node, fx.Node] = {}
         self.graphs: dict[tuple[Any, ...], fx.Proxy] = {}
         self.calls: dict[nn.Module, int] = {}
+        self.inside: list[str] = []
 
     def create_args_for_root(
         self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
     ) -> tuple[Callable[..., Any], list[Any]]:
         given = {name: self.create_proxy("placeholder", name, (), {}) for name in self.inputs}
-        if isinstance(self.root, _LAYERS):
+        if isinstance(self.root, _LAYERS) and not self.whole:
             return lambda root: self._layer(root, (), given), [self.root]
         return lambda root: root_fn(root, **given), [self.root]
 
@@ -159,7 +182,7 @@ class _Lowering(fx.Tracer):
             ends = [self._root(a) for a in args if isinstance(a, fx.Proxy)]
             same = target in (*ADD, *ADD_TO) and len(ends) == 2 and ends[0] is ends[1]
             if same or (ends and target in _ELEMENTWISE):
-                self.rows[proxy.node] = ends[0]
+                self.lowered.rows[proxy.node] = ends[0]
         return proxy
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: Any) -> Any:
@@ -168,6 +191,8 @@ class _Lowering(fx.Tracer):
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
+        if isinstance(m, _LAYERS) and self.whole:
+            return self._step(m, self.path_of_module(m), "whole", args, kwargs)
         if isinstance(m, _LAYERS):
             return self._layer(m, args, kwargs)
         if isinstance(m, nn.modules.batchnorm._BatchNorm):
@@ -182,8 +207,13 @@ class _Lowering(fx.Tracer):
             name = self.path_of_module(m)
             if isinstance(m, pyg.MessagePassing) or next(m.parameters(), None) is not None:
                 self._float(name, f"{type(m).__name__} is no layer of qgnn")
-            return self._step(m, name, "", args, kwargs)
-        return forward(*args, **kwargs)
+            return self._step(m, name, "float", args, kwargs)
+        if next(m.parameters(recurse=False), None) is not None:
+            self._float(self.path_of_module(m), f"{type(m).__name__} is no layer of qgnn")
+        self.inside.append(self.path_of_module(m))
+        out = forward(*args, **kwargs)
+        self.inside.pop()
+        return out
 
     # -- steps of the program ---------------------------------------------------------------------------------------------------------------
 
@@ -191,11 +221,7 @@ class _Lowering(fx.Tracer):
         self, part: nn.Module, layer: str, role: str, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Adds a part, and a step that calls it."""
-        base = "_".join(filter(None, [*layer.split("."), role])) or "model"
-        name, number = base, 1
-        while name in self.lowered.parts:
-            name, number = f"{base}_{number}", number + 1
-        self.lowered.parts[name] = part
+        name = self.lowered.add(part, [*layer.split("."), role])
         given = {key: value for key, value in (kwargs or {}).items() if value is not None}
         return self.create_proxy("call_module", name, args, given)
 
@@ -209,21 +235,17 @@ class _Lowering(fx.Tracer):
         self.lowered.floats[name] = reason
 
     def _root(self, value: Any) -> fx.Node:
-        """The earliest value that has the rows of this one."""
-        node = value.node
-        while node in self.rows:
-            node = self.rows[node]
-        return node
+        return self.lowered.root(value.node)
 
     def _like(self, value: Any, source: Any) -> Any:
         """``value``, known to have the rows of ``source``."""
-        self.rows[value.node] = self._root(source)
+        self.lowered.rows[value.node] = self._root(source)
         return value
 
     def _graph(self, edges: Any, source: Any, target: Any, loops: bool) -> Any:
         """The graph of a layer; the layers that sum over the same edges share it."""
         ends = (self._root(source), None if target is None else self._root(target))
-        key = (edges.node, None if target is None else ends, loops)
+        key = (edges.node, ends, loops)
         if key not in self.graphs:
             maps = tuple(None if end is None else fx.Proxy(end, self) for end in ends)
             self.graphs[key] = self.create_proxy("call_function", graph_of, (edges, *maps, loops), {})
@@ -233,14 +255,13 @@ class _Lowering(fx.Tracer):
 
     def _layer(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         name = self.path_of_module(layer) or "model"
-        names = ("x", "edge_index", "edge_attr" if isinstance(layer, GATConv) else "edge_weight", "size")
-        given = dict(zip(names, args, strict=False)) | kwargs
+        given = inspect.signature(type(layer).forward).bind(layer, *args, **kwargs).arguments
         reason = _why_float(layer, name, given)
         if reason:
             self._float(name, reason)
-            return self._step(layer, name, "", args, kwargs)
+            return self._step(layer, name, "float", args, kwargs)
         self.lowered.kinds[name] = _KINDS[type(layer)]
-        x = given["x"] if "x" in given else given["input"]
+        x = given["x"]
         if isinstance(layer, Linear):
             return self._like(self._product(layer, name, x, layer.bias), x)
         source, target = x if isinstance(x, tuple | list) else (x, None)
@@ -380,11 +401,12 @@ class _Lowering(fx.Tracer):
         return out if layer.bias is None else out + layer.bias
 
     def _batch_norm(self, norm: Any, x: Any) -> Any:
+        name = self.path_of_module(norm)
         if norm.running_mean is None or norm.running_var is None:
-            raise ValueError("freeze folds batch normalisation with running statistics; this one has none")
+            self._float(name, "a batch normalisation without running statistics")
+            return self._step(norm, name, "float", (x,))
         scale = (norm.running_var + norm.eps).rsqrt() * (1 if norm.weight is None else norm.weight)
         shift = (0 if norm.bias is None else norm.bias) - norm.running_mean * scale
-        name = self.path_of_module(norm)
         _check_finite(name, scale=scale, shift=shift)
         return self._like(self._step(Affine(name, scale, shift), name, "affine", (x,)), x)
 
@@ -429,7 +451,7 @@ def _why_float(layer: nn.Module, name: str, given: dict[str, Any]) -> str:
             )
     if given.get("edge_weight") is not None:
         return "it uses edge weights; integer sums have none"
-    if given.get("edge_attr") is not None:
+    if given.get("edge_attr") is not None and layer.lin_edge is not None:
         return "it uses edge features"
     if given.get("return_attention_weights") is not None:
         return "it returns attention weights"
@@ -474,10 +496,8 @@ def _tidy(lowered: Lowered, model: nn.Module) -> None:
     program = lowered.program
     for node in list(program.nodes):
         if node.op == "get_attr":
-            value = _attribute(model, str(node.target))
-            name = "constant_" + str(node.target).replace(".", "_")
-            lowered.parts[name] = Constant(str(node.target), value)
-            node.op, node.target = "call_module", name
+            part = Constant(str(node.target), _attribute(model, str(node.target)))
+            node.op, node.target = "call_module", lowered.add(part, ["constant", *str(node.target).split(".")])
         elif node.target in _DROPOUT:
             if _argument(node, 2, "training", node.kwargs.get("train", True)):
                 raise ValueError(
@@ -485,11 +505,18 @@ def _tidy(lowered: Lowered, model: nn.Module) -> None:
                 )
             node.replace_all_uses_with(node.args[0])
             program.erase_node(node)
-        elif node.op == "call_function" and node.target in _POOLS:
-            node.args = (
-                node.args[0], _argument(node, 1, "batch", None), _argument(node, 2, "size", None), _POOLS[node.target],
-            )  # fmt: skip
-            node.kwargs, node.target = {}, pool
+        elif node.target is batched_graph:  # it notes what Degree-Quant's training needs
+            node.replace_all_uses_with(_argument(node, 1, "edge_index", None))
+            program.erase_node(node)
+        elif node.op == "call_function" and (node.target in _POOLS or node.target is pool):
+            reduce = _POOLS.get(node.target) or _argument(node, 3, "reduce", None)
+            batch, size = _argument(node, 1, "batch", None), _argument(node, 2, "size", None)
+            if size is None and batch is not None:
+                with program.inserting_before(node):
+                    size = program.call_function(graphs_of, (batch,))
+            node.args, node.kwargs, node.target = (_argument(node, 0, "x", None), batch, size, reduce), {}, pool
+        elif _in_place(node):
+            _check_in_place(node)
     program.eliminate_dead_code(_has_effects)
     unused = set(lowered.parts) - {str(n.target) for n in program.nodes if n.op == "call_module"}
     for name in unused:
@@ -498,8 +525,32 @@ def _tidy(lowered: Lowered, model: nn.Module) -> None:
 
 def _has_effects(node: fx.Node) -> bool:
     """Whether a step must stay though nothing reads its result."""
-    in_place = node.op == "call_method" and str(node.target).endswith("_") and not str(node.target).endswith("__")
-    return node.op in ("placeholder", "output") or in_place or node.target is operator.setitem
+    return node.op in ("placeholder", "output")
+
+
+def _in_place(node: fx.Node) -> bool:
+    """Whether a step changes its first argument."""
+    if node.op not in ("call_function", "call_method"):
+        return False
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    if (name.endswith("_") and not name.endswith("__")) or node.target is operator.setitem or node.target in _UPDATES:
+        return True
+    if callable(node.target):
+        with contextlib.suppress(TypeError, ValueError):  # a builtin without a signature
+            return bool(inspect.signature(node.target).bind(*node.args, **node.kwargs).arguments.get("inplace"))
+    return bool(node.kwargs.get("inplace"))
+
+
+def _check_in_place(node: fx.Node) -> None:
+    """Raises ValueError unless the value that a step changes is read by this step only, which is the same as a new value."""
+    changed = node.args[0] if node.args else next(iter(node.kwargs.values()), None)
+    alone = isinstance(changed, fx.Node) and changed.op != "placeholder" and len(changed.users) == 1 and node.users
+    if not alone:
+        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", node.target)
+        raise ValueError(
+            f"the forward code changes a value in place, with {name}, that it reads elsewhere or was given; freeze reorders steps: "
+            "write it as x = f(x), without inplace"
+        )
 
 
 def _attribute(model: nn.Module, target: str) -> Tensor:

@@ -9,7 +9,6 @@ from itertools import pairwise
 from typing import Any, Literal
 
 import torch
-import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -17,8 +16,8 @@ from . import ops
 from .features import SparseFeatures, dropout
 from .graph import Graph
 from .nn import GATConv, GCNConv, GINConv, Linear, SAGEConv
-from .quant import FeatureMap, Scheme, feature_maps, parse
-from .quant.degree_quant import note_batch
+from .parts import pool
+from .quant import FeatureMap, Scheme, batched_graph, feature_maps, parse
 from .recipes import Recipe
 
 Activation = Literal["relu", "elu"]
@@ -215,24 +214,6 @@ def _mlp(widths: Sequence[int], scheme: Scheme) -> nn.Sequential:
     return nn.Sequential(*(part for linear in linears[:-1] for part in (linear, nn.ReLU())), linears[-1])
 
 
-@torch.fx.wrap
-def _batched(x: Tensor, edge_index: Tensor | Graph, batch: Tensor) -> Graph:
-    """The graph of a batch, which knows which graph each node is of."""
-    if batch.shape != x.shape[:1]:
-        raise ValueError(f"batch must name the graph of each of the {x.size(0)} nodes, got {tuple(batch.shape)}")
-    graph = Graph.of(edge_index, x.size(0))
-    note_batch(graph, batch)
-    return graph
-
-
-@torch.fx.wrap
-def _pooled(h: Tensor, batch: Tensor, num_graphs: int | None, reduce: Aggregation) -> Tensor:
-    """One row a graph."""
-    if num_graphs is None:
-        num_graphs = int(batch.max()) + 1 if batch.numel() else 0
-    return ops.scatter(h, batch, 0, num_graphs, reduce)
-
-
 class _GraphModel(nn.Module, ABC):
     """Maps of the nodes, each pooled to one row a graph, and a prediction from these rows.
 
@@ -250,8 +231,8 @@ class _GraphModel(nn.Module, ABC):
     def forward(self, x: Tensor, edge_index: Tensor | Graph, batch: Tensor, num_graphs: int | None = None) -> Tensor:
         """``x`` ``[N, in_channels]``, ``edge_index`` ``[2, E]``, ``batch`` ``[N]``, the graph of every node, and their number, by default the
         largest plus one -> outputs ``[G, out_channels]``."""
-        graph = _batched(x, edge_index, batch)
-        out = self.predict([_pooled(h, batch, num_graphs, self.pool) for h in self.maps(x, graph)])
+        graph = batched_graph(x, edge_index, batch)
+        out = self.predict([pool(h, batch, num_graphs, self.pool) for h in self.maps(x, graph)])
         if not self.training and isinstance(out, Tensor):  # it is no tensor while torch.fx follows this code
             self.seen_nodes, self.seen_graphs = self.seen_nodes + x.size(0), self.seen_graphs + out.size(0)
         return out

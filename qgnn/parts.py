@@ -74,26 +74,38 @@ def graph_of(
 
 
 @torch.library.custom_op("qgnn::pool_nodes", mutates_args=())
-def pool_nodes(x: Tensor, batch: Tensor, size: int | None, reduce: str) -> Tensor:
-    """Reduces the rows of ``x`` ``[N, F]`` graph by graph, ``batch`` ``[N]`` -> ``[G, F]``, ``G = size`` or the largest graph plus one."""
-    graphs = size if size is not None else int(batch.max()) + 1 if batch.numel() else 0
-    return ops.scatter(x, batch, 0, graphs, cast(Pooling, reduce))
+def pool_nodes(x: Tensor, batch: Tensor, reduce: str) -> Tensor:
+    """:func:`pool` as one operation, for torch.compile and torch.export, to which the number of graphs is unknown."""
+    return ops.scatter(x, batch, 0, graphs_of(batch), cast(Pooling, reduce))
 
 
 @pool_nodes.register_fake
-def _(x: Tensor, batch: Tensor, size: int | None, reduce: str) -> Tensor:
-    return x.new_empty((torch.library.get_ctx().new_dynamic_size() if size is None else size, x.shape[1]))
+def _(x: Tensor, batch: Tensor, reduce: str) -> Tensor:
+    return x.new_empty((torch.library.get_ctx().new_dynamic_size(), x.shape[1]))
+
+
+def graphs_of(batch: Tensor) -> int | None:
+    """The number of graphs, the largest in ``batch`` ``[N]`` plus one; None while torch compiles or exports, when no value is known."""
+    if torch.compiler.is_compiling():
+        return None
+    return int(batch.max()) + 1 if batch.numel() else 0
 
 
 def pool(x: Tensor, batch: Tensor | None, size: int | None, reduce: Pooling) -> Tensor:
-    """:func:`pool_nodes`; all nodes are one graph where ``batch`` is None."""
-    return pool_nodes(x, x.new_zeros(x.size(0), dtype=torch.int64) if batch is None else batch, size, reduce)
+    """Reduces the rows of ``x`` ``[N, F]`` graph by graph -> ``[G, F]``, differentiable. ``batch`` ``[N]``: the graph of every node, None where
+    all are of one; ``size``: the number of graphs, by default :func:`graphs_of`."""
+    graph = x.new_zeros(x.size(0), dtype=torch.int64) if batch is None else batch
+    if batch is None:
+        return ops.scatter(x, graph, 0, 1, reduce)
+    if size is None and torch.compiler.is_compiling():
+        return pool_nodes(x, graph, reduce)
+    return ops.scatter(x, graph, 0, graphs_of(graph) if size is None else size, reduce)
 
 
 class Part(nn.Module):
-    """One step of a frozen model, of ``LAUNCHES`` kernels. ``layer`` names the layer that it was frozen from."""
+    """One step of a frozen model, of ``launches`` kernels. ``layer`` names the layer that it was frozen from."""
 
-    LAUNCHES = 1
+    launches = 1
 
     def __init__(self, layer: str) -> None:
         super().__init__()
@@ -154,7 +166,14 @@ class Codec(Part):
                 self.register_buffer("bounds", bounds, persistent=False)
                 self.register_buffer("order", order, persistent=False)
         self.register_buffer("pos", pos, persistent=False)
+        # the steps of groups are known when values are, and multiplied then
+        self.launches = 2 if spec.coding == "group" and spec.normalize else 1
         self._known: tuple[weakref.ref[Graph] | None, Place] | None = None
+
+    @property
+    def remembered(self) -> object:
+        """What :meth:`place` remembers."""
+        return self._known
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_known": None}
@@ -318,6 +337,14 @@ class Finisher(Part):
     def _after(self) -> tuple[bool, Tensor | None, Tensor | None]:
         return self.relu, self.post_scale, self.post_shift
 
+    def _summand(self, addend: Tensor | None, nodes: int) -> Tensor | None:
+        """``addend``, of the shape that kernels read without looking."""
+        if addend is not None and addend.shape != (nodes, self.out_channels):
+            raise ValueError(
+                f"what layer {self.layer} is added to must be [{nodes}, {self.out_channels}], got {list(addend.shape)}"
+            )
+        return None if addend is None else addend.float()
+
     def _rows(self, nodes: int, graph: LayerGraph | None) -> tuple[str, Place | None]:
         codec = self.codec
         return ("float", None) if codec is None else ("rows", codec.place(nodes, graph))
@@ -361,7 +388,7 @@ class Product(Finisher):
             self.out_channels,
         )  # fmt: skip
         relu, post_scale, post_shift = self._after()
-        finish = (x.scale, self.column_scale, self.bias, addend, relu, post_scale, post_shift)
+        finish = (x.scale, self.column_scale, self.bias, self._summand(addend, nodes), relu, post_scale, post_shift)
         operand = next((o for o in self.following if isinstance(o, Operand)), None)
         if operand is not None:
             packed = uniform_counts(nodes, operand.container)
@@ -410,7 +437,8 @@ class Sum(Finisher):
         out = aggregate_packed(
             graph.indptr, graph.indices, list(graph.schedule), x, operand.container, graph.num_sources,
             self.out_channels, True, output, None if factor is None else getattr(graph, factor), self.self_scale,
-            self.column_scale, self.bias, addend, relu, post_scale, post_shift, *_codes(place, self.codec),
+            self.column_scale, self.bias, self._summand(addend, graph.num_nodes), relu, post_scale, post_shift,
+            *_codes(place, self.codec),
         )  # fmt: skip
         return self._result(out, place)
 
@@ -421,7 +449,7 @@ class Attention(Finisher):
     Buffers: ``vectors`` float32 ``[2, heads * channels]``, attention vectors of source and target times the steps; those of :class:`Finisher`.
     """
 
-    LAUNCHES = 2
+    launches = 2
     vectors: Tensor
 
     def __init__(
@@ -430,7 +458,7 @@ class Attention(Finisher):
         super().__init__(layer, operand.step, bias)
         self.keep(vectors=vectors.float())
         self.operand: tuple[Operand, ...] = (operand,)  # registered where it belongs
-        self.heads, self.negative_slope = heads, negative_slope
+        self.heads, self.negative_slope = heads, float(negative_slope)
 
     def forward(
         self,
@@ -454,7 +482,8 @@ class Attention(Finisher):
         relu, post_scale, post_shift = self._after()
         out = gat_packed(
             graph.indptr, graph.indices, list(graph.schedule), x, operand.container, graph.num_sources, heads, channels,
-            scores[:, :heads], ends[:, heads:], self.negative_slope, output, self.column_scale, self.bias, addend, relu,
+            scores[:, :heads], ends[:, heads:], self.negative_slope, output, self.column_scale, self.bias,
+            self._summand(addend, graph.num_nodes), relu,
             post_scale, post_shift, *_codes(place, self.codec),
         )  # fmt: skip
         return self._result(out, place)
@@ -472,6 +501,8 @@ class Affine(Part):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[N, F]`` -> ``[N, F]``."""
+        if x.dim() != 2:
+            raise ValueError(f"batch normalisation {self.layer} gets {list(x.shape)}; freeze takes maps [N, F]")
         return x * self.scale + self.shift
 
 

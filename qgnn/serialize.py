@@ -39,6 +39,7 @@ from .parts import (
     Product,
     Sum,
     graph_of,
+    graphs_of,
     pool,
 )
 
@@ -57,10 +58,10 @@ _NAMES = {
     operator: "add and_ eq floordiv ge getitem gt iadd imul invert isub le lt matmul mod mul ne neg or_ pow sub truediv",
 }
 FUNCTIONS: dict[str, Callable[..., Any]] = {
-    "graph": graph_of, "pool": pool, "getattr": builtins.getattr,
+    "graph": graph_of, "graphs": graphs_of, "pool": pool, "getattr": builtins.getattr,
     **{f"{module.__name__}.{name}": getattr(module, name) for module, names in _NAMES.items() for name in names.split()},
 }  # fmt: skip
-"""What may stand between the parts of a saved model, by the names in its file. ``getattr`` reads :data:`ATTRIBUTES` only."""
+"""What may stand between the parts of a saved model, by the names in its file. ``getattr`` reads public attributes."""
 
 METHODS = frozenset(
     name
@@ -71,7 +72,6 @@ METHODS = frozenset(
     )
     for name in line.split()
 )
-ATTRIBUTES = frozenset({"shape", "ndim", "dtype", "device", "T"})
 _TYPES = {
     str(t): t
     for t in (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int32, torch.int64, torch.bool)
@@ -169,7 +169,7 @@ def _digest(description: dict[str, Any], tensors: dict[str, Tensor]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name]
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.contiguous().numpy().tobytes())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -278,7 +278,7 @@ def _description(metadata: dict[str, str]) -> dict[str, Any]:
 
 def _is_name(text: object) -> bool:
     """Whether torch.fx may write ``text`` into the Python code that it makes of a program: it writes names as they are."""
-    return isinstance(text, str) and text.isidentifier() and not iskeyword(text)
+    return isinstance(text, str) and text.isidentifier() and not iskeyword(text) and text != "self"
 
 
 def _built(description: dict[str, Any], tensors: dict[str, Tensor]) -> IntegerModel:
@@ -301,6 +301,8 @@ def _built(description: dict[str, Any], tensors: dict[str, Tensor]) -> IntegerMo
     kinds, floats = description["kinds"], description["floats"]
     if not all(isinstance(k, str) for names in (kinds, floats) for k in (*names, *names.values())):
         raise ValueError("kinds and floats are not names")
+    if not {p.layer for p in ordered.values() if isinstance(p, Codec | Operand | Finisher)} <= set(kinds):
+        raise ValueError("kinds has not all layers")
     return IntegerModel(program, ordered, kinds, floats)
 
 
@@ -482,7 +484,7 @@ def _program(entries: list[list[Any]], parts: dict[str, nn.Module]) -> fx.Graph:
         known |= {"placeholder": _is_name(target), "output": True}
         if not known.get(op):
             raise ValueError(f"step {name} is an unknown {op} {target!r}")
-        if target == "getattr" and op == "call_function" and args[1] not in ATTRIBUTES:
+        if target == "getattr" and op == "call_function" and (not _is_name(args[1]) or args[1].startswith("_")):
             raise ValueError(f"step {name} reads the attribute {args[1]!r}")
         target = FUNCTIONS[target] if op == "call_function" else target
         nodes[name] = program.create_node(op, target, args, kwargs, name)

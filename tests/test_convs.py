@@ -283,10 +283,6 @@ def test_feature_maps_of_every_layer():
         (lambda: GATConv(FEATURES, 2)(torch.randn(3, 2), graph_data()[1]), rf"x must be a tensor \[N, {FEATURES}\]"),
         (lambda: SAGEConv(2, 2)([torch.randn(3, 2)], graph_data()[1]), "x must be a tensor, or a pair"),
         (
-            lambda: GATConv(FEATURES, 2)(*graph_data(), torch.randn(90)),
-            "edge_attr needs a GATConv with edge_dim",
-        ),
-        (
             lambda: GATConv(FEATURES, 2, edge_dim=3)(*graph_data(), torch.randn(90, 2)),
             r"edge_attr must be \[90, 3\]",
         ),
@@ -316,3 +312,10 @@ def test_a_graph_serves_as_edges():
     x, edges = graph_data()
     layer = SAGEConv(FEATURES, OUT)
     assert torch.equal(layer(x, Graph.from_edge_index(edges, NODES)), layer(x, edges))
+
+
+def test_attention_without_edge_dim_takes_no_notice_of_edge_features():
+    """As PyG's: GAT models hand them on to every layer."""
+    x, edge_index = graph_data()
+    layer = GATConv(FEATURES, 2)
+    assert torch.equal(layer(x, edge_index, torch.randn(90)), layer(x, edge_index))

@@ -255,11 +255,18 @@ def test_batch_normalisation_is_folded(scheme, tmp_path):
 
 
 def test_batch_normalisation_that_cannot_be_folded():
+    """Without running statistics it computes with those of the batch: in float, and listed."""
     torch.manual_seed(12)
     data = graph_data()
     model = Net(lambda m, x, e: m.second(m.norm(m.first(x, e)), e))
     model.norm = nn.BatchNorm1d(16, track_running_stats=False)
-    with pytest.raises(ValueError, match=r"with running statistics; this one has none"):
+    model = trained(model, "int8", data)
+    frozen = qgnn.freeze(model, data)
+    assert_agrees(model, data, frozen)
+    assert frozen.floats == {"norm": "a batch normalisation without running statistics"}
+    model = Net(lambda m, x, e: m.second(m.norm(m.first(x, e).unsqueeze(2).expand(-1, -1, 16)).sum(2), e))
+    model.norm = nn.BatchNorm1d(16)
+    with pytest.raises(ValueError, match=r"batch normalisation norm gets \[40, 16, 16\]; freeze takes maps \[N, F\]"):
         qgnn.freeze(trained(model, "int8", data), data)
 
 
@@ -714,11 +721,86 @@ def test_export_round_trip(kind, scheme):
     assert torch.equal(loaded(*inputs_of(other)), frozen(*inputs_of(other)))
 
 
+class Odd(nn.Module):
+    """A summand with one row, names of ModuleDict's own, parameters whose names meet, a layer of fewer rows, PyG's style of forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.update, self.head = pyg.GCNConv(24, 16), nn.GRUCell(16, 16), nn.Linear(16, 3)
+        self.w = nn.ParameterDict({"a": nn.Parameter(torch.full((16,), 2.0))})
+        self.w_a, self.token = nn.Parameter(torch.full((16,), 3.0)), nn.Parameter(torch.randn(1, 3))
+
+    def forward(self, data):
+        x, edge_index = data.x, data.edge_index
+        h = self.conv(x, edge_index) * self.w["a"] + self.w_a
+        h = self.update(h, h).relu()
+        return self.head(pyg.global_mean_pool(h, data.batch)) + self.token
+
+
+def test_what_happens_to_fit_the_data_at_hand(tmp_path):
+    torch.manual_seed(27)
+    one = Batch.from_data_list([graph_data(nodes=9)])
+    model = qgnn.convert(Odd(), "int8")
+    for _ in range(3):
+        model(one)
+    model.eval()
+    frozen = qgnn.freeze(model, one)
+    with torch.no_grad():
+        torch.testing.assert_close(frozen(), model(one), rtol=1e-4, atol=1e-4)
+        four = batch_data()
+        torch.testing.assert_close(frozen(four), model(four), rtol=0.05, atol=0.05)
+    assert frozen.floats == {"update": "GRUCell is no layer of qgnn"}
+
+
+def test_summands_are_checked_where_they_are_read():
+    torch.manual_seed(28)
+    data = graph_data()
+    model = Net(skip_only)
+    model.second = pyg.GCNConv(16, 16)
+    frozen = qgnn.freeze(trained(model, "int8", data), data)
+    with frozen.recording() as outputs:
+        frozen(data.x, data.edge_index)
+    product, total = frozen.parts["second_product"], frozen.parts["second_sum"]
+    (packed,) = outputs["second_product"]
+    assert product.following
+    with pytest.raises(ValueError, match=r"what layer second is added to must be \[40, 16\], got \[1, 16\]"):
+        total(packed, Graph.from_edge_index(data.edge_index, NODES), torch.zeros(1, 16))
+
+
+def skip_only(model, x, edge_index):
+    h = model.first(x, edge_index)
+    return model.second(h.relu(), edge_index) + h
+
+
+def test_our_models_of_graphs_are_saved_compiled_and_bound(tmp_path):
+    torch.manual_seed(29)
+    data = batch_data()
+    model = models.GraphGCN(24, 8, 3, 2, scheme="int8")
+    for _ in range(3):
+        model(*inputs_of(data)).sum().backward()
+    frozen = qgnn.freeze(model.eval(), data)
+    qgnn.save(frozen, tmp_path / "model")
+    assert torch.equal(qgnn.load(tmp_path / "model")(*inputs_of(data)), frozen())
+    torch._dynamo.reset()
+    compiled = torch.compile(frozen, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(*inputs_of(data)), frozen())
+    torch._dynamo.reset()
+
+
+def test_a_change_of_type_changes_nothing():
+    data = graph_data()
+    frozen = qgnn.freeze(trained(PYG["gcn"](), "int8", data), data)
+    before = frozen()
+    assert torch.equal(frozen.half()(), before) and torch.equal(frozen.double()(data.x, data.edge_index), before)
+
+
 def test_a_cuda_graph_needs_a_gpu():
     data = graph_data()
     model = trained(PYG["gcn"](), "int8", data)
     with pytest.raises(ValueError, match=r"a CUDA graph needs the model on a GPU"):
         qgnn.freeze(model, data, cuda_graph=True)
+    with pytest.raises(ValueError, match=r"a CUDA graph is of the data that are bound: pass data"):
+        qgnn.freeze(model, cuda_graph=True)
 
 
 @pytest.mark.gpu
@@ -763,7 +845,7 @@ def test_layers_that_stay_in_float_are_listed(make, name, reason, caplog, tmp_pa
     assert (record.kind, record.reason, record.launches) == ("float", reason, 0)
     assert f"layer {name} stays in float: {reason}" in caplog.text
     with pytest.raises(
-        ValueError, match=rf"save cannot write {name.replace('.', '_')} \(\w+Conv\), which stays in float"
+        ValueError, match=rf"save cannot write {name.replace('.', '_')}_float \(\w+Conv\), which stays in float"
     ):
         qgnn.save(frozen, tmp_path / "model")
 
@@ -777,8 +859,32 @@ def test_skipped_layers_stay_in_float(tmp_path):
     model.eval()
     frozen = qgnn.freeze(model, data)
     assert_agrees(model, data, frozen)
+    assert frozen.floats == {f"head.lins.{i}": "Linear is no layer of qgnn" for i in (0, 1)}
     qgnn.save(frozen, tmp_path / "model")
     assert torch.equal(qgnn.load(tmp_path / "model")(*inputs_of(data)), frozen())
+
+
+def statement(h):
+    F.relu(h, inplace=True)
+    return h
+
+
+def alias(h):
+    before = h
+    F.elu(h, inplace=True)
+    return before
+
+
+def assigned(h):
+    h[0] = 1.0
+    return h
+
+
+def updated(h):
+    """torch.fx takes `+=` for a new value, and `before` for the old one."""
+    before = h
+    h += 1
+    return before
 
 
 @pytest.mark.parametrize(
@@ -786,15 +892,20 @@ def test_skipped_layers_stay_in_float(tmp_path):
     [
         (
             lambda m, x, e: m.second(m.first(x, e).relu(), e) if x.sum() > 0 else m.first(x, e),
-            "freeze follows the forward code once for all inputs, and this code depends on values or sizes",
+            "freeze follows the forward code once for all inputs, and that of the model depends on values or sizes",
         ),
         (
             lambda m, x, e: m.second(F.dropout(m.first(x, e), 0.5), e),
             r"here one is always on: pass training=self\.training",
         ),
         (lambda m, x, e: x, "the model has no layer of qgnn that runs; convert it first"),
+        (lambda m, x, e: m.second(statement(m.first(x, e)), e), "changes a value in place, with relu, that it reads elsewhere"),
+        (lambda m, x, e: m.second(alias(m.first(x, e)), e), "changes a value in place, with elu, that it reads elsewhere"),
+        (lambda m, x, e: m.second(m.first(x.add_(1.0), e), e), "changes a value in place, with add_, that it reads elsewhere or was given"),
+        (lambda m, x, e: m.second(assigned(m.first(x, e)), e), "object does not support item assignment; use torch functions"),
+        (lambda m, x, e: m.second(updated(m.first(x, e)), e), "what it saw computes something else"),
     ],
-)
+)  # fmt: skip
 def test_what_cannot_be_followed(forward, message):
     torch.manual_seed(17)
     data = graph_data()

@@ -92,7 +92,14 @@ def test_links_lead_somewhere() -> None:
         ("matmul", ["matmul_packed", "matmul_transposed"]),
         (
             "attention",
-            ["edge_softmax", "edge_softmax_backward", "gat_aggregate", "gat_backward", "attention_scores", "gat_packed"],
+            [
+                "edge_softmax",
+                "edge_softmax_backward",
+                "gat_aggregate",
+                "gat_backward",
+                "attention_scores",
+                "gat_packed",
+            ],
         ),
         ("nearest", ["nearest_group", "fake_quantize_nearest", "group_sums", "quantize_nearest"]),
         ("scatter", ["segment_reduce", "segment_mul_backward", "segment_gather"]),

@@ -92,9 +92,10 @@ _plans: dict[int, tuple[weakref.ref[Tensor], tuple[int, ...], Plan]] = {}
 
 def plan_of(indptr: Tensor, indices: Tensor, schedule: Sequence[Tensor]) -> Plan:
     """The plan of a graph, remembered until one of its tensors changes, or ``indptr`` dies."""
-    if indptr.is_inference():  # it has no version, so a change in place could not be seen
-        return Plan(indptr, indices, schedule)
     _, segments, hubs = schedule
+    # tensors of inference mode have no version, so a change in place could not be seen
+    if indptr.is_inference() or indices.is_inference() or segments.is_inference() or hubs.is_inference():
+        return Plan(indptr, indices, schedule)
     key = (
         indptr.data_ptr(), indices.data_ptr(), segments.data_ptr(), hubs.data_ptr(),
         indptr._version, indices._version, segments._version, hubs._version,

@@ -117,7 +117,7 @@ class GATConv(QuantizedConv, pyg.GATConv):
             if h_target is None
             else self._scores(h_target, self.att_dst, self.dst_quantizer)
         )
-        edge_score = None if edge_attr is None else self._edge_scores(base, graph, edge_attr)
+        edge_score = None if edge_attr is None or self.lin_edge is None else self._edge_scores(base, graph, edge_attr)
         scale = None
         if self.training and self.dropout:
             scale = F.dropout(src.new_ones(graph.num_edges, self.heads), self.dropout)
@@ -141,8 +141,7 @@ class GATConv(QuantizedConv, pyg.GATConv):
 
     def _edge_scores(self, base: Graph, graph: Graph, edge_attr: Tensor) -> Tensor:
         """``[E, heads]`` in the order of ``graph``; self loops get ``fill_value``, by default the mean over the node's other edges."""
-        if self.lin_edge is None or self.att_edge is None:
-            raise ValueError("edge_attr needs a GATConv with edge_dim")
+        assert self.lin_edge is not None and self.att_edge is not None, "as the caller looked"
         attr = edge_attr.unsqueeze(1) if edge_attr.dim() == 1 else edge_attr
         if attr.shape != (base.given_edges, self.lin_edge.in_channels):
             raise ValueError(

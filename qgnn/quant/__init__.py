@@ -7,7 +7,7 @@ from .a2q import A2QQuantizer, LearnedColumns, average_width, learned_kb, memory
 from .base import ColumnQuantizer, FeatureMap, InputCodes, LayerQuantizer, Quantizer
 from .baselines import BinaryQuantizer, HalfColumns, HalfQuantizer
 from .bookkeeping import Averages, averages, feature_maps
-from .degree_quant import protection_probability, protective_mask
+from .degree_quant import batched_graph, protection_probability, protective_mask
 from .nns import GroupQuantizer, reset_usage
 from .qat import QATQuantizer, RangeColumns, RangeQuantizer
 from .scheme import SCHEMES, Scheme, parse
@@ -32,6 +32,7 @@ __all__ = [
     "Scheme",
     "average_width",
     "averages",
+    "batched_graph",
     "begin",
     "column_quantizer",
     "feature_maps",

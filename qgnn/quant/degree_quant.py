@@ -48,6 +48,19 @@ def note_batch(graph: Graph, batch: Tensor) -> None:
         graph.notes["batch"] = batch
 
 
+def batched_graph(x: Tensor, edge_index: Tensor | Graph, batch: Tensor) -> Graph:
+    """The graph of a batch of graphs, which knows which graph each node is of (:func:`note_batch`).
+
+    Raises:
+        ValueError: ``batch`` does not name the graph of each row of ``x``.
+    """
+    if batch.shape != x.shape[:1]:
+        raise ValueError(f"batch must name the graph of each of the {x.size(0)} nodes, got {tuple(batch.shape)}")
+    graph = Graph.of(edge_index, x.size(0))
+    note_batch(graph, batch)
+    return graph
+
+
 def protective_mask(scheme: Scheme, graph: Graph) -> Tensor:
     """The mask of one layer in one training step, bool ``[N]``, drawn anew (DQ algorithm 1). Ranks are taken within each graph of a batch, which
     :func:`note_batch` noted where there are several.
