@@ -91,9 +91,7 @@ def _candidates(at: Scene, x: Tensor, kind: str, sizes: tuple[int, ...]) -> list
     @cache
     def frozen(scheme: str) -> tuple[nn.Module, Any]:
         converted = convert(network, scheme, num_nodes=at.nodes)
-        # Ranges that are extremes of these very data are round multiples of steps, and many sums lie exactly between two codes: ties that
-        # float rounding decides. Trained ranges are not; nor are these, of data a little larger.
-        converted.train()(1.037 * x, at.graph)
+        converted.train()(x, at.graph)  # ranges follow the data of a forward pass
         converted.eval()
         return converted, freeze(converted, Data(x=x, edge_index=at.edge_index))
 
