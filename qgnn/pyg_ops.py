@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -159,23 +160,23 @@ def graph_of(build: Callable[..., Graph | None], sizes: tuple[int, ...], *tensor
 # The operations, on operands that are known to fit
 
 
-class Operation:
+class Operation(ABC):
     """One differentiable call: ``forward`` on kernels, its ``backward`` on kernels, and ``pyg``, the same in PyG's own operations, which are run
     again where the backward is itself to be differentiated."""
 
     name: str
 
+    @abstractmethod
     def forward(self, operands: tuple[Tensor, ...], needs: Sequence[bool]) -> tuple[Tensor, tuple[Tensor | None, ...]]:
         """The result, and what backward needs: the operands, None for those it does not, and more."""
-        raise NotImplementedError
 
+    @abstractmethod
     def backward(self, kept: tuple[Tensor, ...], grad: Tensor, needs: Sequence[bool]) -> tuple[Tensor | None, ...]:
         """The gradients of the operands."""
-        raise NotImplementedError
 
+    @abstractmethod
     def pyg(self, *operands: Tensor) -> Tensor:
         """The result, in PyG's operations."""
-        raise NotImplementedError
 
     def __call__(self, *operands: Tensor) -> Tensor:
         if torch.is_grad_enabled() and any(operand.requires_grad for operand in operands):
