@@ -546,7 +546,11 @@ def test_double_backward(call, name):
     edge_index = torch.randint(5, (2, 9))
     x = torch.randn(5, 2, dtype=torch.float64, requires_grad=True)
     weight = torch.rand(9, dtype=torch.float64, requires_grad=True)
-    seeded = lambda x, w: (torch.manual_seed(0), call(x, edge_index, w))[1]  # noqa: E731
+
+    def seeded(x, w):
+        torch.manual_seed(0)
+        return call(x, edge_index, w)
+
     with qgnn.patch_pyg():
         assert torch.autograd.gradcheck(seeded, (x, weight))
         assert torch.autograd.gradgradcheck(seeded, (x, weight))

@@ -59,7 +59,8 @@ def saved(tmp_path_factory):
         qgnn.save(frozen_model()[0], path)
     with safe_open(path, framework="pt") as file:
         header = json.loads(serialize.unpack_header(file.metadata()["qgnn"]))
-        return path, {name: file.get_tensor(name) for name in file.keys()}, header  # noqa: SIM118
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - safe_open is no mapping
+        return path, tensors, header
 
 
 class Float(nn.Module):

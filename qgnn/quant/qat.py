@@ -19,8 +19,9 @@ MOMENTUM = 0.01
 
 SLACK = 2.0**-13
 """How much wider than its range the input of a layer is quantized, relatively. What an aggregation gives, and its extremes, are multiples of one
-step: without slack the two steps have a ratio of small integers, and up to 6 % of a GIN's codes lie exactly between two (INT4, ranges of one batch),
-where float rounding decides, and decides otherwise on integers."""
+step: without slack the two steps have a ratio of small integers, and sums lie exactly between two codes, where float rounding decides, and decides
+otherwise on integers. One untrained INT4 GIN layer (2,000 nodes of degree 16, 128 normal features, ranges of one batch): 5 to 6 % of the codes of its
+first Linear differed without slack, none with it."""
 
 
 def value_range(x: Tensor, percentile: float, sample: float) -> tuple[Tensor, Tensor]:
