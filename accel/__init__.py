@@ -4,12 +4,17 @@
 """
 
 from .config import PROFILES, Config, load_config
+from .gpu import Gpu, GpuEnergy, find_gpu, gpus, model_fp32
 from .memory import MemoryReport
+from .report import comparison
 from .simulator import LayerResult, Result, simulate
+from .trace import write_trace
 from .workload import Layer, Workload, baseline
 
 __all__ = [
     "Config",
+    "Gpu",
+    "GpuEnergy",
     "Layer",
     "LayerResult",
     "MemoryReport",
@@ -17,6 +22,11 @@ __all__ = [
     "Result",
     "Workload",
     "baseline",
+    "comparison",
+    "find_gpu",
+    "gpus",
     "load_config",
+    "model_fp32",
     "simulate",
+    "write_trace",
 ]

@@ -131,14 +131,15 @@ class Config:
             self._number("index_bits", int, least=1, also=' or "log2"')
         for key, allowed in _CHOICES.items():
             if getattr(self, key) not in allowed:
-                raise ValueError(f"{key} must be one of {', '.join(allowed)}, got {getattr(self, key)!r}")
+                texts = ", ".join(f'"{text}"' for text in allowed)
+                raise ValueError(f"{key} must be one of {texts}, got {getattr(self, key)!r}")
         if not isinstance(self.overlap, bool):
             raise ValueError(f"overlap must be true or false, got {self.overlap!r}")
 
     def _number(self, key: str, kind: type, least: int = 0, also: str = "") -> None:
         value = getattr(self, key)
         allowed = int if kind is int else (int, float)
-        good = isinstance(value, allowed) and not isinstance(value, bool) and math.isfinite(value) and value >= least
+        good = isinstance(value, allowed) and not isinstance(value, bool) and least <= value < math.inf
         if not good:
             name = "an integer" if kind is int else "a finite number"
             raise ValueError(f"{key} must be {name} from {least} on{also}, got {value!r}")
@@ -178,16 +179,11 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 _TYPES = get_type_hints(Config)
 
 
-def keys() -> tuple[str, ...]:
-    """The names of a configuration's keys."""
-    return tuple(entry.name for entry in fields(Config))
-
-
-def load_config(name: str = "paper-table", /, *, file: str | Path | None = None, **overrides: Any) -> Config:
+def load_config(name: str | None = None, /, *, file: str | Path | None = None, **overrides: Any) -> Config:
     """The configuration of a name.
 
     Args:
-        name: a table of ``file``, or a built-in profile, :data:`PROFILES`.
+        name: a table of ``file``, or a built-in profile, :data:`PROFILES`. By default the only table of ``file``, or "paper-table" without one.
         file: a TOML file whose tables are named configurations; each holds the keys that differ from the defaults, ``profile`` too.
         overrides: keys of :class:`Config`; a text, as a command line has it, is converted to the type of its key.
 
@@ -195,14 +191,17 @@ def load_config(name: str = "paper-table", /, *, file: str | Path | None = None,
         ValueError: an unknown name or key, a value that is not allowed, a file that is no such file.
     """
     tables = {} if file is None else _tables(Path(file))
+    if name is None and file is not None and len(tables) != 1:
+        raise ValueError(f"{file} has the tables {', '.join(tables)}: name one" if tables else f"{file} holds no table")
+    name = next(iter(tables), "paper-table") if name is None else name
     if name in tables:
         values = dict(tables[name])
     elif name in PROFILES:
         values = {"profile": name}
     else:
         raise ValueError(f"there is no configuration {name!r}; there are {', '.join([*tables, *PROFILES])}")
-    _check_keys(values, f"table {name} of {file}")
-    _check_keys(overrides, "the configuration")
+    check_keys(values, f"table {name} of {file}")
+    check_keys(overrides, "the configuration")
     return Config(**values | {key: _converted(key, value) for key, value in overrides.items()})
 
 
@@ -217,7 +216,8 @@ def _tables(file: Path) -> dict[str, dict[str, Any]]:
     return content
 
 
-def _check_keys(values: Mapping[str, Any], where: str) -> None:
+def check_keys(values: Mapping[str, Any], where: str) -> None:
+    """Raises ValueError for a key that no configuration has."""
     unknown = [key for key in values if key not in _TYPES]
     if unknown:
         raise ValueError(f"unknown key {unknown[0]} in {where}; the keys are {', '.join(_TYPES)}")

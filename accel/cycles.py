@@ -31,6 +31,7 @@ def in_phases(work: Integers, pes: int, sync: Sync) -> int:
     """
     if not work.size:
         return 0
+    pes = min(pes, work.size)
     if sync == "lockstep":
         return int(np.maximum.reduceat(work, np.arange(0, work.size, pes)).sum(dtype=np.int64))
     padded = np.zeros(ceil_div(work.size, pes) * pes, np.int64)

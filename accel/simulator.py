@@ -13,7 +13,7 @@ import numpy.typing as npt
 from . import cycles
 from .config import Config
 from .energy import PARTS, energy
-from .memory import MemoryReport, Operations, Traffic, index_bits, operations, report, traffic
+from .memory import WEIGHT_BITS, MemoryReport, Operations, Traffic, index_bits, operations, report, traffic
 from .workload import Layer, Workload
 
 
@@ -201,7 +201,8 @@ def _layer(
 
 def _memory_cycles(bits: int, config: Config) -> int:
     """Cycles of the HBM, rounded up; in fractions, as a float would lose whole cycles of a large graph."""
-    cycles_a_bit = Fraction(config.clock_hz) / (Fraction(config.hbm_gbs) * 8 * 10**9)
+    # of their decimals: the float 0.3 is a little less than what was written
+    cycles_a_bit = Fraction(str(config.clock_hz)) / (Fraction(str(config.hbm_gbs)) * 8 * 10**9)
     return -(-bits * cycles_a_bit.numerator // cycles_a_bit.denominator)
 
 
@@ -243,20 +244,26 @@ def _notes(workload: Workload, config: Config) -> list[str]:
     for index, layer in enumerate(workload.layers):
         name = layer.name or f"layer {index}"
         if layer.binary_input:
-            charged = {"binary": "1 bit", "as_learned": "the widths given", "4": "4 bits"}[config.first_layer]
-            notes.append(f"{name}: its input holds zeros and ones, and {charged} is charged (first_layer)")
+            charged = {"binary": "1 bit is", "as_learned": "the widths given are", "4": "4 bits are"}[
+                config.first_layer
+            ]
+            notes.append(f"{name}: its input holds zeros and ones, and {charged} charged (first_layer)")
         elif layer.bits is None:
             notes.append(
                 f"{name}: its real-valued input was left unquantized, and {config.real_input_bits} bits are charged (real_input_bits)"
             )
-        weight = layer.f_in * layer.f_out // 2
-        if weight > config.weight_buffer:
-            notes.append(f"{name}: weights of {weight:,} bytes pass through a buffer of {config.weight_buffer:,}, once")
+        weight = WEIGHT_BITS * layer.f_in * layer.f_out
+        if weight > 8 * config.weight_buffer:
+            notes.append(
+                f"{name}: weights of {weight / 8:,.0f} bytes pass through a buffer of {config.weight_buffer:,}, once"
+            )
     nodes, edges = workload.num_nodes, workload.num_edges
     width = index_bits(config, nodes)
-    graph = width * (nodes + 1 + edges) // 8
-    if graph > config.edge_buffer and any(layer.columns for layer in workload.layers):
-        notes.append(f"the graph's {graph:,} bytes pass through a buffer of {config.edge_buffer:,}, once a layer")
+    graph = width * (nodes + 1 + edges)
+    if graph > 8 * config.edge_buffer and any(layer.columns for layer in workload.layers):
+        notes.append(
+            f"the graph's {graph / 8:,.0f} bytes pass through a buffer of {config.edge_buffer:,}, once a layer"
+        )
     if max(nodes - 1, edges) >= 2**width:
         notes.append(
             f"row pointers to {edges:,} entries do not fit {width} bits (index_bits): their traffic is a lower bound"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -57,6 +56,9 @@ class Layer:
             if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
                 raise ValueError(f"{key} of a layer must be an integer from {least} on, got {value!r}")
             object.__setattr__(self, key, int(value))
+        if not isinstance(self.binary_input, bool | np.bool_):
+            raise ValueError(f"binary_input of a layer must be true or false, got {self.binary_input!r}")
+        object.__setattr__(self, "binary_input", bool(self.binary_input))
         if self.kind not in get_args(Kind):
             raise ValueError(f"kind of a layer must be one of {', '.join(get_args(Kind))}, got {self.kind!r}")
         if self.heads > 1 and self.kind != "gat":
@@ -203,19 +205,25 @@ class Workload:
             ValueError: there is no such file, or it is no workload.
         """
         try:
-            with np.load(path, allow_pickle=False) as file:
-                header = json.loads(str(file["header"]))
-                if header["format"] != _FORMAT:
-                    raise ValueError(f"{path} has format {header['format']}, this version reads {_FORMAT}")
-                layers = [
-                    Layer(bits=file[f"bits_{i}"] if entry["quantized"] else None, **{k: entry[k] for k in _SCALARS})
-                    for i, entry in enumerate(header["layers"])
-                ]
-                return Workload(file["indptr"], file["indices"], layers, header["name"])
+            # opened here, as numpy leaves a damaged file open
+            with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
+                arrays = dict(file)
+            header = json.loads(str(arrays["header"]))
+            version = header["format"]
+            read = [{k: entry[k] for k in (*_SCALARS, "quantized")} for entry in header["layers"]]
+            bits = [arrays[f"bits_{i}"] if entry.pop("quantized") else None for i, entry in enumerate(read)]
+            indptr, indices, name = arrays["indptr"], arrays["indices"], header["name"]
         except FileNotFoundError as error:
             raise ValueError(f"there is no file {path}") from error
-        except (OSError, EOFError, KeyError, TypeError, zipfile.BadZipFile, AttributeError) as error:
+        except Exception as error:  # whatever a damaged file provokes in zipfile, numpy and json
             raise ValueError(f"{path} is no workload that Workload.save wrote, or is damaged") from error
+        if version != _FORMAT:
+            raise ValueError(f"{path} has format {version}, this version reads {_FORMAT}")
+        try:
+            layers = [Layer(bits=widths, **entry) for widths, entry in zip(bits, read, strict=True)]
+            return Workload(indptr, indices, layers, name)
+        except ValueError as error:
+            raise ValueError(f"{path} holds no valid workload: {error}") from error
 
 
 def baseline(workload: Workload, bits: int = 4) -> Workload:

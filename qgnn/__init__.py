@@ -18,6 +18,7 @@ __all__ = [
     "calibrate",
     "convert",
     "data",
+    "export_workload",
     "freeze",
     "kernels",
     "load",
@@ -36,6 +37,7 @@ _DEFINED_IN = {
     "QTensor": "qtensor",
     "calibrate": "calibrate",
     "convert": "convert",
+    "export_workload": "export",
     "freeze": "freeze",
     "load": "serialize",
     "patch_pyg": "patch",
@@ -47,6 +49,7 @@ if TYPE_CHECKING:
     from qgnn import accel, data, kernels, nn, ops, quant, train
     from qgnn.calibrate import calibrate
     from qgnn.convert import convert
+    from qgnn.export import export_workload
     from qgnn.freeze import freeze
     from qgnn.graph import Graph
     from qgnn.kernels.backend import use_backend

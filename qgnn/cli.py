@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+    from .accel import Config
     from .integer import FreezeReport
     from .perf.table import Record
     from .train import Run
@@ -38,6 +39,19 @@ _UsageProblem: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__
 JsonOption = Annotated[str | None, typer.Option("--json", metavar="F", help="Write JSON to this file; - is stdout.")]
 DataRootOption = Annotated[Path | None, typer.Option(help="Folder of the data sets; else QGNN_DATA, else ./data.")]
 DeviceOption = Annotated[Literal["cpu", "cuda"], typer.Option(help="Where to train.")]
+AcceleratorFileOption = Annotated[
+    Path | None, typer.Option("--config", metavar="FILE", help="TOML file whose tables are named accelerators.")
+]
+AcceleratorOption = Annotated[
+    str | None,
+    typer.Option(
+        "--profile", metavar="P", help="A table of --config, or paper-table (the default), cacti45-hp or cacti45-lop."
+    ),
+]
+AcceleratorSettingsOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Another value of the accelerator, such as pes=128; repeatable."),
+]
 
 
 def main() -> None:
@@ -96,16 +110,36 @@ def _progress() -> Iterator[Callable[[str, float, int], None]]:
         yield show
 
 
+def _check_file(option: str, path: Path) -> None:
+    """Says at the start, not after the work, that a file cannot be there."""
+    if path.is_dir():
+        raise ValueError(f"{option} {path} is a folder; name a file")
+    if not path.absolute().parent.is_dir():
+        raise ValueError(f"{option} {path}: the folder does not exist; make it first")
+
+
+def _make_folder(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--out {out}: the folder cannot be made ({error.strerror})") from error
+
+
+def _accelerator(file: Path | None, profile: str | None, settings: dict[str, str]) -> Config:
+    """The configuration that --config, --profile and --set name."""
+    from .accel.config import check_keys, load_config
+
+    check_keys(settings, "--set")
+    return load_config(profile, file=file, **settings)
+
+
 class _JsonLines:
     """Where --json sends records: each as soon as it is there. A file is replaced when the first one comes."""
 
     def __init__(self, target: str | None) -> None:
         self.target, self.started = target, False
         if target is not None and target != "-":
-            if Path(target).is_dir():
-                raise ValueError(f"--json {target} is a folder; name a file")
-            if not Path(target).absolute().parent.is_dir():
-                raise ValueError(f"--json {target}: the folder does not exist; make it first")
+            _check_file("--json", Path(target))
 
     def write(self, record: dict[str, Any]) -> None:
         from .results import append, dumps
@@ -404,6 +438,91 @@ def _print_results(records: Sequence[Record], into: Path | None) -> None:
         raise ValueError(f"--into {into} cannot be read and written ({error.strerror})") from error
 
 
+# simulate
+
+
+@app.command(
+    epilog="Example: qgnn simulate --dataset Cora --model gcn --bits uniform:4 --sweep order=degree,bits --sweep pes=128,256",
+    help="Count cycles, traffic and energy of a quantized network on A²Q's bit-serial accelerator, beside uniform baselines.",
+)
+def simulate(
+    model: Annotated[
+        str | None,
+        typer.Option(metavar="FILE|NAME", help="What qgnn.save wrote, or gcn, gat, gin, sage; with --dataset."),
+    ] = None,
+    workload_file: Annotated[
+        Path | None,
+        typer.Option("--workload", metavar="FILE", help="A workload that accel.Workload.save wrote; needs no torch."),
+    ] = None,
+    dataset: Annotated[
+        str | None, typer.Option(metavar="D", help="The data set whose graph the model runs on.")
+    ] = None,
+    bits: Annotated[
+        str | None, typer.Option(metavar="uniform:B", help="Widths of an untrained model: B bits for every node.")
+    ] = None,
+    hidden: Annotated[
+        int | None, typer.Option(min=1, help="Width of an untrained model's hidden layers; else the recipe's.")
+    ] = None,
+    data_root: DataRootOption = None,
+    config: AcceleratorFileOption = None,
+    profile: AcceleratorOption = None,
+    settings: AcceleratorSettingsOption = None,
+    order: Annotated[
+        Literal["degree", "bits", "none"] | None, typer.Option(help="Order of the rows: short for --set order=…")
+    ] = None,
+    baseline: Annotated[
+        str, typer.Option(metavar="NAMES", help="Uniform widths to compare with, separated by commas.")
+    ] = "int4,int8",
+    sweep: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=A,B,C",
+            help="Simulate once for each value; repeatable: every combination. Writes sweep.csv, under --out, else here, row by row.",
+        ),
+    ] = None,
+    trace: Annotated[
+        Path | None, typer.Option(metavar="F", help="Write every phase to this CSV file; lock step only.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Write tables, plots, report.md and report.json there.")
+    ] = None,
+    json_to: JsonOption = None,
+) -> None:
+    """``--json`` gets the report; of a sweep, the rows."""
+    rows: list[dict[str, Any]] = []
+    table = (out or Path()) / "sweep.csv"
+    with _one_line_errors(lambda: f"interrupted; finished rows are in {table}" if rows else "interrupted"):
+        from . import simulate as engine
+
+        chosen = _settings(settings or [])
+        if order is not None and chosen.setdefault("order", order) != order:
+            raise ValueError(f"--order {order} and --set order={chosen['order']} contradict each other; leave one out")
+        base = _accelerator(config, profile, chosen)
+        axes, uniform = engine.axes(sweep or [], base, chosen), engine.baselines(baseline)
+        if trace is not None:
+            if axes:
+                raise ValueError("--trace writes the phases of one configuration; leave out --sweep")
+            _check_file("--trace", trace)
+        if out is not None:
+            _make_folder(out)
+        lines, console = _JsonLines(json_to), _console(json_to)
+        workload = engine.read_workload(workload_file, model, dataset, data_root, bits, hidden)
+        if axes:
+            with _progress() as show:
+                for row in engine.swept(workload, base, axes, uniform, table, show):
+                    rows.append(row)
+                    lines.write(row)
+            console.print(engine.best(rows, list(axes)))
+            console.print(f"wrote {table}: {len(rows)} rows", soft_wrap=True, markup=False)
+            return
+        document, files = engine.report(workload, base, uniform, trace, out)
+        lines.write(document)
+        for part in engine.tables(document):
+            console.print(part)
+        for line in (*(f"note: {note}" for note in document["notes"]), *(f"wrote {file}" for file in files)):
+            console.print(line, soft_wrap=True, markup=False)
+
+
 # info
 
 
@@ -470,8 +589,8 @@ def report(
         from .trace import write_whole
 
         target = out or folder / "report.html"
-        if out is not None and not target.absolute().parent.is_dir():
-            raise ValueError(f"--out {out}: the folder does not exist; make it first")
+        if out is not None:
+            _check_file("--out", out)
         lines = _JsonLines(json_to)
         with _progress() as show:
             text = page(folder, partial(show, f"plots of {folder}"))
@@ -482,3 +601,106 @@ def report(
         for row in summaries(folder) if json_to is not None else ():
             lines.write(row)
         _console(json_to).print(f"wrote {target}", soft_wrap=True, markup=False)
+
+
+# energy
+
+_PARTS = ("integer", "float", "sram_dynamic", "sram_leakage", "hbm")
+
+
+def _energy_tables(records: Sequence[dict[str, Any]]) -> Iterator[Table]:
+    """The accelerator by part, and the GPU beside it: rows for each of ``records``."""
+    from rich import box
+    from rich.table import Table
+
+    def table(title: str, *columns: str) -> Table:
+        # it fits 80 columns
+        made = Table("", title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1))
+        for column in columns:
+            made.add_column(column, justify="right", no_wrap=True)
+        return made
+
+    def number(value: float) -> str:
+        return f"{value:.3g}" if value < 100 else f"{value:,.0f}"
+
+    names = [" ".join(filter(None, (r["dataset"], r["model"], r["scheme"]))) for r in records]
+    heads = (part.replace("sram_", "SRAM\n").replace("hbm", "HBM") for part in _PARTS)
+    accelerator = table("Accelerator: µJ an inference, mean over runs", "runs", *heads, "all", "µs")
+    for name, r in zip(names, records, strict=True):
+        values = (
+            *(r[f"accelerator_{part}_joules"] for part in _PARTS),
+            r["accelerator_joules"],
+            r["accelerator_seconds"],
+        )
+        accelerator.add_row(name, str(r["runs"]), *(number(1e6 * value) for value in values))
+    yield accelerator
+    measured = records[0]["gpu_mode"] == "measured"
+    spread, net = ("trials", ["net of\nidle"]) if measured else ("bounds", [])
+    gpu = table(
+        f"{records[0]['gpu']}, {records[0]['gpu_mode']}: mJ an inference, and how many times the accelerator's",
+        *("mJ", spread, *net, "ms", "times", spread),
+    )
+    for name, r in zip(names, records, strict=True):
+        for program, side in (("FP32", "gpu"), ("integers", "gpu_integer"))[: 1 + measured]:
+            low, middle, high = (r[f"{side}{end}_joules"] for end in ("_low", "", "_high"))
+            ours = r["accelerator_joules"]
+            rest = [number(1e3 * r[f"{side}_net_joules"])] if measured else []
+            gpu.add_row(
+                f"{name}, {program}", number(1e3 * middle), f"{number(1e3 * low)} - {number(1e3 * high)}", *rest,
+                number(1e3 * r[f"{side}_seconds"]), number(middle / ours), f"{number(low / ours)} - {number(high / ours)}",
+            )  # fmt: skip
+    yield gpu
+
+
+@app.command(
+    epilog="Example: qgnn energy --runs out --gpu 2080ti --out out/energy",
+    help="Energy of integer models on the accelerator beside that of a GPU, as A²Q's figure 22: measured by NVML where a GPU is, else modelled.",
+)
+def energy(
+    model: Annotated[Path | None, typer.Option(metavar="FILE", help="What qgnn.save wrote; with --dataset.")] = None,
+    dataset: Annotated[str | None, typer.Option(metavar="D", help="The data set that the model runs on.")] = None,
+    runs: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Instead: all models in what qgnn train --out filled, a row each, mean over runs."
+        ),
+    ] = None,
+    gpu: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Model this GPU: 2080ti (A²Q's, the default without a GPU), a100-80gb, h100-sxm or h200.",
+        ),
+    ] = None,
+    config: AcceleratorFileOption = None,
+    profile: AcceleratorOption = None,
+    settings: AcceleratorSettingsOption = None,
+    data_root: DataRootOption = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Write energy.csv and the bars of energy.svg there.")
+    ] = None,
+    json_to: JsonOption = None,
+) -> None:
+    """Nothing is measured where --gpu names one. ``--json`` gets the rows."""
+    records: list[dict[str, Any]] = []
+    with _one_line_errors(lambda: f"interrupted after {len(records)} rows"):
+        from .perf import energy as engine
+
+        if model is not None and dataset is not None and runs is None:
+            found = [engine.saved(model, dataset)]
+        elif runs is not None and model is None and dataset is None:
+            found = engine.trained(runs)
+        else:
+            raise ValueError("pass --model FILE and --dataset D, or --runs DIR")
+        accelerator, other = _accelerator(config, profile, _settings(settings or [])), engine.chosen(gpu)
+        if out is not None:
+            _make_folder(out)
+        lines, console = _JsonLines(json_to), _console(json_to)
+        with _progress() as show:
+            for models in found:
+                records.append(engine.compare(models, accelerator, other, data_root, show))
+                lines.write(records[-1])
+        for table in _energy_tables(records):
+            console.print(table)
+        for file in engine.write(records, out) if out is not None else ():
+            console.print(f"wrote {file}", soft_wrap=True, markup=False)

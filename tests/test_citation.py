@@ -40,3 +40,16 @@ def test_training_multiplies_bags_of_words_as_sparse_matrices(citation_root: Pat
     dataset = data.load("Cora", citation_root)
     x = train.training_features(train.prepare(dataset, recipe_for("gcn", quant.parse("fp32"), dataset)).x)
     assert isinstance(x, SparseFeatures) and x.shape == (2708, 1433)
+
+
+def test_training_can_learn_the_widths_of_a_bag_of_words(citation_root: Path) -> None:
+    """-input: sparse features are quantized like any other map, without the dropout whose scale their steps would fit."""
+    dataset = data.load("Cora", citation_root)
+    recipe = recipe_for("gcn", quant.parse("a2q-input"), dataset).changed(epochs=2, hidden=8)
+    assert recipe.input_dropout == 0 < recipe_for("gcn", quant.parse("a2q"), dataset).input_dropout
+    run = train.train(dataset, "gcn", "a2q-input", 0, recipe=recipe)
+    assert run.frozen is not None and run.frozen.report is not None
+    features, hidden = run.frozen.report.layers
+    assert 1 < features.average_bits <= 2, "the start is 1.65 in both maps"
+    assert run.record["average_bits"] == pytest.approx((features.average_bits + hidden.average_bits) / 2)
+    assert run.record["integer_mismatches"] <= run.record["integer_ties"]

@@ -44,7 +44,7 @@ def one_line(result: Result) -> str:
     return result.stderr
 
 
-@pytest.mark.parametrize("command", ["train", "info"])
+@pytest.mark.parametrize("command", ["train", "info", "simulate", "energy"])
 def test_help_shows_an_example(command: str) -> None:
     text = " ".join(re.sub(r"[│╭╮╰╯─]", " ", run(command, "--help").stdout).split())
     assert f"Example: qgnn {command} --" in text

@@ -6,12 +6,14 @@ import pytest
 import torch
 import torch_geometric.nn as pyg
 from torch import Tensor, nn
+from torch_geometric.data import Data
 
 import qgnn
 from qgnn import Graph, ops, quant
 from qgnn.features import SparseFeatures
 from qgnn.kernels.quantize import largest_code
 from qgnn.nn import GCNConv, GINConv, Linear
+from qgnn.parts import Codec
 from qgnn.qtensor import rounded_bits
 from qgnn.quant import A2QQuantizer, GroupQuantizer, LearnedColumns, parse, protective_mask
 from qgnn.quant.a2q import bits_by_degree, drawn_steps
@@ -102,6 +104,35 @@ def test_the_global_gradient_comes_from_the_loss():
         reached[scheme] = layer.quantizer.log_step.grad.ne(0)
     assert reached["a2q"].all()
     assert reached["a2q-global"].nonzero().flatten().tolist() == [0, 1]
+
+
+def test_a_binary_input_can_learn_its_widths(tmp_path):
+    """-input: 0/1 features get what every other map has, from the first batch to the file, sparse ones too; without it they are exact at 1 bit."""
+    torch.manual_seed(0)
+    x, edges = (torch.rand(NODES, 12) > 0.6).float(), star()
+    model = qgnn.convert(pyg.GCN(12, 6, 2, 3), "a2q-input", num_nodes=NODES)
+    model(SparseFeatures.from_dense(x), edges).sum().backward()
+    first = model.convs[0].quantizer
+    assert first.kind == "unsigned" and first.bits.grad.any() and first.log_step.grad is not None
+    with torch.no_grad():
+        first.bits.copy_(torch.arange(NODES) % 4)  # rows of 0 bits read as 0
+        first.log_step.fill_(0.3)  # above the features' 1, so that they do not come back as they were
+        expected = model.eval()(x, edges)
+        torch.testing.assert_close(model(SparseFeatures.from_dense(x), edges), expected)
+    given, _, hidden, _ = quant.feature_maps(model, NODES)
+    assert given.quantized and given.learned and given.mean_bits() == 1.5
+    assert quant.averages(quant.feature_maps(model, NODES)).average_bits == (1.5 + hidden.mean_bits()) / 2
+    assert float(quant.learned_kb(model, 8)) * 1024 == NODES * (12 + 6)
+    frozen = qgnn.freeze(model, Data(x=x, edge_index=edges))
+    qgnn.save(frozen, tmp_path / "model")
+    loaded = qgnn.load(tmp_path / "model")
+    (codec, *_) = (part for part in loaded.parts.values() if isinstance(part, Codec))
+    assert codec.spec.coding == "node" and codec.bits.tolist() == [0, 1, 2, 3] * (NODES // 4)
+    for integers in (frozen(), loaded(x, edges)):
+        torch.testing.assert_close(integers, expected, rtol=0, atol=1e-4 * float(expected.abs().max()))  # NUMERICS 7
+    plain = qgnn.convert(pyg.GCN(12, 6, 2, 3), "a2q", num_nodes=NODES)
+    plain(x, edges)
+    assert plain.convs[0].quantizer.kind == "binary"
 
 
 def test_the_operand_has_the_gradient_of_its_level():

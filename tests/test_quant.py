@@ -68,6 +68,8 @@ def test_scheme_suffixes():
     assert scheme == Scheme("int4-ste-minmax-percentile", "qat", 4, observer="minmax", percentile=0.01, ste="pass")
     scheme = parse("int8-clip-momentum-extremes")
     assert (scheme.bits, scheme.ste, scheme.observer, scheme.percentile) == (8, "clip", "momentum", 0.0)
+    scheme = parse("a2q-steps-input")
+    assert (scheme.learn_steps, scheme.learn_bits, scheme.learn_input) == (True, False, True)
 
 
 @pytest.mark.parametrize(
@@ -79,6 +81,7 @@ def test_scheme_suffixes():
         "a2q-minmax",
         "a2q-m4",
         "a2q-nns-manual",
+        "a2q-nns-input",
         "a2q-nns-m0",
         "fp32-clip",
         "fp16-clip",
@@ -95,7 +98,7 @@ def test_unknown_schemes_say_what_there_is(name):
         parse(name)
 
 
-@pytest.mark.parametrize("name", ["int8-clip-ste", "a2q-fixed-bits", "a2q-nns-m4-m8"])
+@pytest.mark.parametrize("name", ["int8-clip-ste", "a2q-fixed-bits", "a2q-input-input", "a2q-nns-m4-m8"])
 def test_choices_that_exclude_each_other(name):
     with pytest.raises(ValueError, match=f"scheme '{name}' says .* more than once"):
         parse(name)

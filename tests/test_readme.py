@@ -40,7 +40,14 @@ def test_example_trains_and_freezes() -> None:
 
 
 def test_commands_are_shown() -> None:
-    assert {command.split()[1] for command in COMMANDS} == {"train", "reproduce", "report", "info"}
+    assert {command.split()[1] for command in COMMANDS} == {
+        "train",
+        "reproduce",
+        "report",
+        "simulate",
+        "energy",
+        "info",
+    }
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -55,6 +62,10 @@ def test_commands_run(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     if arguments[0] == "report":
         trained = ["train", "--dataset", "digits", "--epochs", "2", "--out", arguments[1]]
         assert CliRunner().invoke(cli.app, trained).exit_code == 0
+    if arguments[0] == "energy":
+        trained = ["train", "--dataset", "digits", "--epochs", "2", "--out", "out/digits"]
+        assert CliRunner().invoke(cli.app, trained).exit_code == 0
+        arguments[-1] = str(next(Path("out/digits/models").iterdir()))
     if arguments[0] == "train":
         arguments[arguments.index("--dataset") + 1] = "digits"
         arguments[arguments.index("--seeds") + 1] = "1"

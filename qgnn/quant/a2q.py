@@ -95,13 +95,15 @@ class LearnedQuantizer(LayerQuantizer):
     def linear(self, x: Tensor | SparseFeatures, weight: Tensor) -> Tensor:
         if not self.enabled:
             return x @ weight.t()
+        if self.scheme.learn_input and isinstance(x, SparseFeatures):
+            x = x.to_dense()
         starts = self.see_input(x)
         if starts:
             self._start_weight(weight)
         weight_q = ops.fake_quantize(weight, self.log_weight_step.exp(), self.weight_bits)
         if self.kind == "binary":
             return x @ weight_q.t()
-        assert isinstance(x, Tensor), "sparse features are always of the binary kind"
+        assert isinstance(x, Tensor), "what stays sparse is of the binary kind"
         if starts:
             self._start_input(x)
         return self.product(x, weight_q.t())

@@ -146,8 +146,8 @@ class ColumnQuantizer(Quantizer, ABC):
 class LayerQuantizer(Quantizer, ABC):
     """Quantizes the two factors of a linear layer: its input and its weight.
 
-    ``kind`` says how the input is represented: "new" before the first batch; "binary" when its rows hold 0 and one constant and 1 bit is exact,
-    "unsigned" or "signed" otherwise. It is found from the first batch, and stored with the state dict.
+    ``kind`` says how the input is represented: "new" before the first batch; "binary" when its rows hold 0 and one constant and 1 bit is exact (not
+    in a scheme with ``learn_input``), "unsigned" or "signed" otherwise. It is found from the first batch, and stored with the state dict.
     """
 
     def __init__(self, in_channels: int, out_channels: int, scheme: Scheme) -> None:
@@ -174,7 +174,7 @@ class LayerQuantizer(Quantizer, ABC):
                     "convert the model anew for such data"
                 )
             return False
-        if is_row_binary(x):
+        if not self.scheme.learn_input and is_row_binary(x):
             self.kind = "binary"
         elif isinstance(x, SparseFeatures):
             raise ValueError(

@@ -27,6 +27,8 @@ class Scheme:
         gradient: of A2Q's feature steps and widths: "local", of the quantization error (eq. 7, 8); "global", of the loss (eq. 3, 4).
         learn_steps, learn_bits: whether A2Q's steps and widths learn; the ablations of its table 3 switch them off.
         manual: widths are not learned but assigned by in-degree (A2Q figure 5).
+        learn_input: a 0/1 input gets learned steps and widths as any other map, where the paper leaves it unquantized (app. A.6) and we code it
+            exactly in 1 bit. The speedups of its table 1 follow only if this map, too, is charged fewer bits than the 4 of the baseline.
     """
 
     name: str
@@ -44,6 +46,7 @@ class Scheme:
     learn_steps: bool = True
     learn_bits: bool = True
     manual: bool = False
+    learn_input: bool = False
 
 
 SCHEMES = {
@@ -61,8 +64,8 @@ SCHEMES = {
 }
 """Named schemes. Ranges: the 0.1 % of Degree-Quant's paper at 8 bits, the 1 % of its released code at 4; docs/accuracy.md compares the variants.
 The names with int8 and int4 take suffixes for the variants of Degree-Quant's tables 1 and 9: -clip or -ste, -minmax or -momentum, -extremes or
--percentile. a2q and a2q-nns take those of A2Q's ablations: -fixed (nothing learns), -steps or -bits (only these learn), -manual (widths by
-in-degree), -global (gradient), and a2q-nns -m400 for 400 groups."""
+-percentile. a2q and a2q-nns take those of A2Q's ablations: -fixed (nothing learns), -steps or -bits (only these learn), -global (gradient);
+a2q -manual (widths by in-degree) and -input (learned widths of a 0/1 input), and a2q-nns -m400 for 400 groups."""
 
 _RANGES: dict[str, dict[str, Any]] = {
     "clip": {"ste": "clip"},
@@ -76,8 +79,11 @@ _ABLATIONS: dict[str, dict[str, Any]] = {
     "fixed": {"learn_steps": False, "learn_bits": False},
     "steps": {"learn_bits": False},
     "bits": {"learn_steps": False},
-    "manual": {"learn_bits": False, "manual": True},
     "global": {"gradient": "global"},
+}
+_NODE_LEVEL: dict[str, dict[str, Any]] = {
+    "manual": {"learn_bits": False, "manual": True},
+    "input": {"learn_input": True},
 }
 _EXCLUSIVE = (
     ("clip", "ste"),
@@ -85,6 +91,7 @@ _EXCLUSIVE = (
     ("extremes", "percentile"),
     ("fixed", "steps", "bits", "manual"),
     ("global",),
+    ("input",),
     ("mGROUPS",),
 )
 
@@ -102,12 +109,14 @@ def parse(name: str | Scheme) -> Scheme:
     base = max((s for s in SCHEMES if name.startswith(f"{s}-")), key=len, default="")
     suffixes = name[len(base) + 1 :].split("-")
     scheme = SCHEMES.get(base, SCHEMES["fp32"])
-    known = {"qat": _RANGES, "dq": _RANGES, "a2q": _ABLATIONS}.get(scheme.method, {})
+    a2q = _ABLATIONS if scheme.groups else _ABLATIONS | _NODE_LEVEL
+    known = {"qat": _RANGES, "dq": _RANGES, "a2q": a2q}.get(scheme.method, {})
     changes = [_groups(s) if scheme.groups and s not in known else known.get(s) for s in suffixes]
-    if not base or None in changes or (scheme.groups and "manual" in suffixes):
+    if not base or None in changes:
         raise ValueError(
             f"there is no scheme {name!r}; choose one of {', '.join(SCHEMES)}; those with int8 or int4 take the suffixes "
-            f"{', '.join('-' + s for s in _RANGES)}, a2q and a2q-nns {', '.join('-' + s for s in _ABLATIONS)}, a2q-nns -mGROUPS"
+            f"{', '.join('-' + s for s in _RANGES)}, a2q and a2q-nns {', '.join('-' + s for s in _ABLATIONS)}, "
+            f"a2q {', '.join('-' + s for s in _NODE_LEVEL)}, a2q-nns -mGROUPS"
         )
     kinds = ["mGROUPS" if _groups(s) else s for s in suffixes]
     for choices in _EXCLUSIVE:

@@ -1,0 +1,5 @@
+"""Writes the golden files anew."""
+
+from . import FOLDER, make
+
+make(FOLDER)
