@@ -25,6 +25,13 @@ row     width  codes                container  pos  bytes (offset: hex)
 
 ``counts = (0, 1, 2, 0, 1)``. Row 0: codes 1, 2, 3, 0 make the byte ``1 | 2 << 2 | 3 << 4 | 0 << 6 = 0x39``; codes 1, 2 make ``0x09``. The
 buffer has 32 bytes: 3 in the bucket of 4-bit containers, padded to 16, and 2 * 2 in that of 2-bit containers, padded to 16.
+
+What is only kept, and not computed with, lies *tight*, at its own width ``k`` of 1 to 8 bits: uint8 ``[N, ceil(F / 8) * k]``. Eight neighbouring
+codes of a row, plain binary, make a group of ``k`` bytes, a little-endian number whose bits ``j k`` to ``(j + 1) k`` are code ``j``; behind the
+last code of a row, its group is filled up with zeros. Rows are not padded further.
+
+Worked example, 3 bits: the codes 7 0 1 2 3 4 5 6 make ``7 + 1 * 2^6 + 2 * 2^9 + 3 * 2^12 + 4 * 2^15 + 5 * 2^18 + 6 * 2^21 = 0xD63447``, the bytes
+47 34 D6; a ninth code 5 makes a second group, 05 00 00.
 """
 
 from __future__ import annotations
@@ -71,6 +78,11 @@ def container_of(width: int, signed: bool) -> int:
     if width <= (1 if signed else 0):
         return 0
     return next(c for c in (1, 2, 4, 8) if c >= width)
+
+
+def code_range(bits: int, signed: bool) -> tuple[int, int]:
+    """The least and the largest code of ``bits`` bits."""
+    return (-(1 << (bits - 1)), (1 << (bits - 1)) - 1) if signed else (0, (1 << bits) - 1)
 
 
 def containers_of(widths: Tensor, signed: bool) -> Tensor:
@@ -150,13 +162,38 @@ def unpack_reference(data: Tensor, pos: Tensor | None, counts: Sequence[int], fe
 def pack_bits_reference(flags: Tensor) -> Tensor:
     """Packs booleans ``[N, F]`` into uint8 ``[N, ceil(F / 8)]``; flag ``k`` is bit ``k % 8`` of byte ``k // 8``."""
     n, features = flags.shape
-    padded = torch.zeros(n, -(-features // 8) * 8, dtype=torch.int32, device=flags.device)
+    padded = torch.zeros(n, -(-features // 8) * 8, dtype=torch.uint8, device=flags.device)
     padded[:, :features] = flags
-    shifts = torch.arange(8, dtype=torch.int32, device=flags.device)
-    return (padded.view(n, -(-features // 8), 8) << shifts).sum(-1).to(torch.uint8)
+    shifts = torch.arange(8, dtype=torch.uint8, device=flags.device)
+    return (padded.view(n, -(-features // 8), 8) << shifts).sum(-1, dtype=torch.uint8)
 
 
 def unpack_bits_reference(bits: Tensor, features: int) -> Tensor:
     """The inverse of :func:`pack_bits_reference`: bool ``[N, F]``."""
     shifts = torch.arange(8, dtype=torch.uint8, device=bits.device)
     return ((bits.unsqueeze(-1) >> shifts) & 1).flatten(1)[:, :features].bool()
+
+
+def tight_bytes(features: int, bits: int) -> int:
+    """Bytes of a row of ``features`` codes in the tight layout."""
+    return (features + 7) // 8 * bits
+
+
+def pack_tight_reference(codes: Tensor, bits: int) -> Tensor:
+    """Packs codes (uint8 ``[N, F]``, below ``2^bits``) into the tight layout: uint8 ``[N, tight_bytes]``."""
+    n, features = codes.shape
+    groups = (features + 7) // 8
+    lanes = torch.arange(8, device=codes.device)
+    padded = torch.zeros(n, groups * 8, dtype=torch.int64, device=codes.device)
+    padded[:, :features] = codes
+    words = (padded.view(n, groups, 8) << lanes * bits).sum(-1)
+    return (words.unsqueeze(-1) >> 8 * lanes[:bits]).to(torch.uint8).view(n, groups * bits)
+
+
+def unpack_tight_reference(data: Tensor, bits: int, features: int) -> Tensor:
+    """The inverse of :func:`pack_tight_reference`: uint8 ``[N, features]``."""
+    n, groups = data.size(0), (features + 7) // 8
+    lanes = torch.arange(8, device=data.device)
+    words = (data.view(n, groups, bits).long() << 8 * lanes[:bits]).sum(-1)
+    codes = (words.unsqueeze(-1) >> lanes * bits) & ((1 << bits) - 1)
+    return codes.view(n, groups * 8)[:, :features].to(torch.uint8)

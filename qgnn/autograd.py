@@ -13,7 +13,9 @@ from .graph import Graph
 from .kernels.affine import fake_quantize_affine
 from .kernels.aggregate import aggregate, aggregate_arg_backward, edge_dot
 from .kernels.attention import edge_softmax, edge_softmax_backward, gat_aggregate, gat_backward
+from .kernels.fixed_point import fixed_point, range_parameters
 from .kernels.matmul import matmul_transposed
+from .kernels.msfp import msfp
 from .kernels.nearest import fake_quantize_nearest, group_sums, group_table
 from .kernels.packing import pack_bits_reference, uniform_counts
 from .kernels.quantize import (
@@ -129,6 +131,38 @@ class FakeQuantizeAffine(torch.autograd.Function):
         return mask_clipped(grad, *ctx.saved_tensors) if ctx.masked else grad, *[None] * 5
 
 
+class FixedPoint(torch.autograd.Function):
+    """Fixed point (NUMERICS 6) of the range ``low .. high``, ``[1]`` or ``[N]``; straight-through. With ``masked`` gradients, zero outside the range,
+    one bit per element is kept, otherwise nothing."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, low: Tensor, high: Tensor, bits: int, signed: bool, seed: int, masked: bool
+    ) -> Tensor:
+        ctx.masked = masked
+        if masked and ctx.needs_input_grad[0]:
+            ctx.save_for_backward(pack_bits_reference((x < low.unsqueeze(1)) | (x > high.unsqueeze(1))))
+        return fixed_point(x, *range_parameters(low, high, bits, signed), bits, signed, seed)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return mask_clipped(grad, *ctx.saved_tensors) if ctx.masked else grad, *[None] * 6
+
+
+class Msfp(torch.autograd.Function):
+    """Rounding to Microsoft floating point (NUMERICS 6). The gradient passes unchanged, and nothing is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mantissa_bits: int, seed: int) -> Tensor:
+        return msfp(x, mantissa_bits, seed)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return grad, None, None
+
+
 class QuantizedLinear(torch.autograd.Function):
     """``fake_quantize(x, step, bits) @ weight`` with steps per row and local gradients.
 
@@ -166,10 +200,11 @@ class ReluDropout(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, p: float) -> Tensor:
-        factor = torch.ones_like(x) if p == 0 else torch.empty_like(x).bernoulli_(1 - p).div_(1 - p)
-        out = torch.relu(x) * factor
+        out = torch.relu(x)
+        if p:
+            out.mul_(torch.empty_like(x).bernoulli_(1 - p).div_(1 - p))
         ctx.scale = 1 / (1 - p)
-        ctx.save_for_backward(pack_bits_reference(~((x > 0) & (factor > 0))))
+        ctx.save_for_backward(pack_bits_reference(~(out > 0)))
         return out
 
     @staticmethod

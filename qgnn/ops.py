@@ -15,10 +15,12 @@ from .kernels import nearest
 from .kernels.aggregate import REDUCTIONS, aggregate_packed, aggregate_rows
 from .kernels.aggregate import aggregate as aggregate_values
 from .kernels.matmul import matmul_packed
+from .kernels.msfp import BLOCK as MSFP_BLOCK
 from .kernels.quantize import compute_dtype
+from .kernels.random import NEAREST
 from .kernels.scatter import REDUCTIONS as SEGMENT_REDUCTIONS
 from .kernels.scatter import group
-from .qtensor import Axis, QTensor, check_parameters, check_values, rounded_bits
+from .qtensor import Axis, QTensor, check_finite, check_parameters, check_values, rounded_bits
 
 __all__ = [
     "aggregate",
@@ -26,9 +28,11 @@ __all__ = [
     "fake_quantize",
     "fake_quantize_affine",
     "fake_quantize_nearest",
+    "fixed_point",
     "gat_aggregate",
     "gather_csr",
     "matmul",
+    "msfp",
     "nearest_group",
     "quantized_linear",
     "relu_dropout",
@@ -130,6 +134,95 @@ def fake_quantize_affine(
     if protect is not None and (protect.dtype != torch.bool or protect.shape != (x.size(0),)):
         raise ValueError(f"protect must be bool of shape [{x.size(0)}], got {protect.dtype} {tuple(protect.shape)}")
     return autograd.FakeQuantizeAffine.apply(x, scale.float(), zero.to(torch.int32), bits, protect, ste == "clip")
+
+
+def _rounding(seed: int | None) -> int:
+    """The seed as the kernels take it."""
+    if seed is not None and not 0 <= seed < 2**32:
+        raise ValueError(f"a seed is None, for rounding to the nearest, or 0 to 2^32 - 1; got {seed}")
+    return NEAREST if seed is None else seed
+
+
+def fixed_point(
+    x: Tensor,
+    bits: int,
+    low: Tensor | float | None = None,
+    high: Tensor | float | None = None,
+    *,
+    signed: bool = True,
+    seed: int | None = None,
+) -> Tensor:
+    """Quantizes and dequantizes ``x`` in fixed point (Bqain; NUMERICS 6): ``2^bits`` values, evenly spaced from ``low`` to ``high``.
+
+    Args:
+        x: ``[N, F]``, float16, bfloat16 or float32; float64 on a CPU.
+        bits: 2 to 8.
+        low, high: the range, numbers or float tensors of one element or ``[N]``, one a row; without them, the least and the largest value of ``x``.
+        signed: codes from ``-2^(bits-1)`` on, instead of from 0: it shows in integers, and in floats by rounding only.
+        seed: 0 to ``2^32 - 1`` rounds stochastically, so that the expectation of the result is ``x``; the same seed gives the same bits on every
+            backend. None rounds to the nearest value, ties to the even code.
+
+    Returns:
+        The nearest values, ``[N, F]`` in the dtype of ``x``. NaN stays NaN, and makes all of them NaN where the range is its own; so does infinity.
+        The gradient of x is unchanged, but zero outside a range that is given; the range gets none.
+
+    Raises:
+        TypeError, ValueError: wrong shapes, dtypes or devices, or ``low`` above ``high`` (on a GPU with ``QGNN_DEBUG=1``); with it also
+            NaN or infinity.
+    """
+    _check_floats("x", x, "2-D [nodes, features]")
+    if not 2 <= bits <= 8:
+        raise ValueError(f"fixed point has 2 to 8 bits, got {bits}")
+    if (low is None) != (high is None):
+        raise ValueError("give low and high, or neither for the range of x")
+    if _debug():
+        check_finite(x)
+    if low is None or high is None:
+        values = x.detach().to(compute_dtype(x))
+        ends = values.aminmax() if x.numel() else (values.new_zeros(()),) * 2
+        first, last = (end.reshape(1) for end in ends)
+    else:
+        first, last = _range_end("low", low, x), _range_end("high", high, x)
+        if (x.is_cpu or _debug()) and bool((first > last).any()):
+            raise ValueError("low must not lie above high; swap them")
+    return autograd.FixedPoint.apply(x, first, last, bits, signed, _rounding(seed), low is not None)
+
+
+def _range_end(name: str, value: Tensor | float, x: Tensor) -> Tensor:
+    """``[1]`` or ``[N]``, float32."""
+    if not isinstance(value, Tensor):
+        return torch.full((1,), float(value), dtype=torch.float32, device=x.device)
+    if value.device != x.device or not value.is_floating_point():
+        raise ValueError(f"{name} must be a floating-point tensor on {x.device}, got {value.dtype} on {value.device}")
+    if value.numel() != 1 and value.shape != (x.size(0),):
+        raise ValueError(f"{name} must have one element or be [{x.size(0)}], one a row, got {tuple(value.shape)}")
+    return value.detach().float().reshape(-1)
+
+
+def msfp(x: Tensor, mantissa_bits: int, block: int = 16, *, seed: int | None = None) -> Tensor:
+    """Rounds ``x`` to Microsoft floating point: blocks of neighbours in a row share an exponent (Rouhani et al. 2020; NUMERICS 6).
+
+    Args:
+        x: ``[N, F]``, float16, bfloat16 or float32; float64 on a CPU. The blocks lie along the features: for a product, along the contracted axis.
+        mantissa_bits: ``n - 9`` for MSFP-n, 3 to 7.
+        block: 16, the only length there is; the last block of a row may be shorter.
+        seed: None rounds half to even; 0 to 2^32 - 1 rounds stochastically, the same in every run and on every device.
+
+    Returns:
+        ``[N, F]`` in the dtype of ``x``. A magnitude that rounds past the largest mantissa of its block gets the largest. Infinity and NaN stay, and
+        the rest of their block is rounded as if they were not there. The gradient of ``x`` passes unchanged.
+
+    Raises:
+        TypeError, ValueError: wrong shapes, dtypes or numbers; with ``QGNN_DEBUG=1`` also NaN or infinity.
+    """
+    _check_floats("x", x, "2-D [nodes, features]")
+    if not 3 <= mantissa_bits <= 7:
+        raise ValueError(f"MSFP12 to MSFP16 have 3 to 7 mantissa bits, got {mantissa_bits}")
+    if block != MSFP_BLOCK:
+        raise ValueError(f"an MSFP block has {MSFP_BLOCK} values, got {block}; leave it out")
+    if _debug():
+        check_finite(x)
+    return autograd.Msfp.apply(x, mantissa_bits, _rounding(seed))
 
 
 def nearest_group(absmax: Tensor, q_max: Tensor) -> Tensor:

@@ -54,7 +54,7 @@ def test_no_kernel_spills(target):
 
 @pytest.mark.parametrize("target", TARGETS[:3])
 def test_quantizers_read_16_bytes_at_once(target):
-    kernels = ("_fake_quantize_nearest_kernel", "_tails_count_kernel")
+    kernels = ("_fake_quantize_nearest_kernel", "_tails_count_kernel", "_fixed_point_kernel")
     read = [row for row in rows(target) if row["file"] in ("quantize", "affine") or row["kernel"] in kernels]
     assert read
     assert not [f"{row['case']}: {row['load_bits']} bits" for row in read if row["load_bits"] != 128]

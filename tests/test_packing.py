@@ -89,3 +89,42 @@ def test_addresses_beyond_31_bits():
     assert place(buckets, everywhere, 2_999_999) == (8, 2_999_999 * 1024, 1024)
     assert place(buckets, everywhere, 5_999_999) == (4, 3_000_000 * 1024 + 2_999_999 * 512, 512)
     assert starts[-1] == 3_000_000 * (1024 + 512)
+
+
+def test_tight_worked_example():
+    codes = torch.tensor([[7, 0, 1, 2, 3, 4, 5, 6, 5]], dtype=torch.uint8)
+    data = packing.pack_tight_reference(codes, 3)
+    assert data.tolist() == [[0x47, 0x34, 0xD6, 0x05, 0, 0]]
+    assert_bitwise(packing.unpack_tight_reference(data, 3, 9), codes)
+
+
+def test_code_range():
+    assert [packing.code_range(b, True) for b in (1, 2, 8)] == [(-1, 0), (-2, 1), (-128, 127)]
+    assert [packing.code_range(b, False) for b in (1, 2, 8)] == [(0, 1), (0, 3), (0, 255)]
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("features", [0, 1, 7, 8, 9, 31, 64, 130])
+def test_tight_round_trip(bits, features):
+    """The reference against Python's integers, and Numba's functions against the reference."""
+    from qgnn.kernels.cpu.tight import pack_tight_row, unpack_tight_row
+
+    generator = torch.Generator().manual_seed(features)
+    codes = torch.randint(0, 1 << bits, (3, features), generator=generator).to(torch.uint8)
+    data = packing.pack_tight_reference(codes, bits)
+    assert data.shape == (3, packing.tight_bytes(features, bits)) == (3, -(-features // 8) * bits)
+    for row, packed in zip(codes.tolist(), data, strict=True):
+        # a row's groups in a row make one number: 8 codes of k bits fill k bytes
+        number = sum(code << j * bits for j, code in enumerate(row))
+        assert int.from_bytes(bytes(packed.tolist()), "little") == number
+    assert_bitwise(packing.unpack_tight_reference(data, bits, features), codes)
+    for i in range(3):
+        row = np.zeros(-(-features // 8) * 8, np.uint8)
+        row[:features] = codes[i].numpy()
+        packed = np.full(tuple(data.shape), 0x5A, np.uint8)
+        pack_tight_row(row, bits, packed, i)
+        assert_bitwise(torch.from_numpy(packed[i]), data[i])
+        assert (np.delete(packed, i, 0) == 0x5A).all()
+        unpack_tight_row(packed, i, bits, row)
+        assert_bitwise(torch.from_numpy(row[:features]), codes[i])
+        assert not row[features:].any()

@@ -115,6 +115,11 @@ def test_links_lead_somewhere() -> None:
         ("nearest", ["nearest_group", "fake_quantize_nearest", "group_sums", "quantize_nearest"]),
         ("scatter", ["segment_reduce", "segment_mul_backward", "segment_gather"]),
         ("percentile", ["tails"]),
+        (
+            "fixed_point",
+            ["fixed_point", "fixed_point_codes", "fixed_point_pack", "fixed_point_unpack", "tighten", "loosen"],
+        ),
+        ("msfp", ["msfp", "msfp_pack", "msfp_unpack"]),
     ],
 )
 def test_every_operation_of_the_table_has_its_backends(file: str, functions: list[str]) -> None:
