@@ -1,4 +1,4 @@
-"""Simulator of the A²Q bit-serial accelerator, imported as ``qgnn.accel``: numpy only, no torch, nothing of qgnn.
+"""Simulator of the A²Q bit-serial accelerator, imported as ``qgnn.accel``: numpy only, no torch, nothing of qgnn but its version.
 
 ``simulate(Workload(indptr, indices, [Layer(1433, 64, bits)]), load_config("paper-table"))`` -> cycles, operations, traffic and energy of every layer.
 """

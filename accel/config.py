@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_type_hints
 
+import numpy as np
+
 if sys.version_info >= (3, 11):
     import tomllib
 else:
@@ -110,6 +112,10 @@ class Config:
     hbm_pj: float = field(default=7.0, metadata=_about("pJ/bit", "A2Q section A.7.6, of O'Connor 2014: HBM 1.0"))
 
     def __post_init__(self) -> None:
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            if isinstance(value, np.generic):  # such as the items of an array that is swept
+                object.__setattr__(self, entry.name, value.item())
         for key in ("pes", "macs", "agg_serial", "real_input_bits"):
             self._number(key, int, least=1)
         for key in ("input_buffer", "output_buffer", "edge_buffer", "weight_buffer"):

@@ -109,7 +109,8 @@ def fp32_kernels(workload: Workload) -> Iterator[Kernel]:
 
     Bytes are those of the tensors that a kernel reads and writes, each once, as the CSR's edges are known: self loops are in it, and a GCN's
     edge weights are computed before (``cached=True``). Between two layers stands a ReLU. Pooling, BatchNorm and additions of skip connections
-    are left out, as they are on the accelerator.
+    are left out, as they are on the accelerator. The kind of a layer decides: a GIN or SAGE that was exported as "gcn", its product first, is a
+    GCNConv here, which moves less than PyG's own order.
     """
     nodes, edges = workload.num_nodes, workload.num_edges
     for index, layer in enumerate(workload.layers):

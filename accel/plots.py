@@ -144,7 +144,8 @@ def _stacked(axes: Axes, names: Sequence[str], parts: Mapping[str, Sequence[floa
     places = range(len(names))
     bottom = [0.0] * len(names)
     for label, values in parts.items():
-        axes.bar(places, values, bottom=bottom, label=label)
+        for bar in axes.bar(places, values, bottom=bottom, label=label):
+            bar.sticky_edges.y[:] = [0.0]  # one without height would end the axis at the top of those below it
         bottom = [b + v for b, v in zip(bottom, values, strict=True)]
     axes.yaxis.set_major_formatter(EngFormatter(unit))
     _label(axes, names)

@@ -22,7 +22,7 @@ class LayerResult:
     """One layer, or the sum of all; cycles, operations and bits are exact integers.
 
     Attributes:
-        name, kind, f_in, f_out: of the layer.
+        name, kind, f_in, f_out: of the layer; of the sum "total", "", and the sizes in which the first layer begins and the last one ends.
         average_bits: mean width charged for its rows.
         update_cycles: of the product X W, with those of attention, ``attention_cycles``, and the constants of every phase; aggregation_cycles:
             likewise.
@@ -243,15 +243,16 @@ def _notes(workload: Workload, config: Config) -> list[str]:
     notes = []
     for index, layer in enumerate(workload.layers):
         name = layer.name or f"layer {index}"
-        if layer.binary_input:
+        if layer.bits is None and (not layer.binary_input or config.first_layer == "as_learned"):
+            values = "0/1" if layer.binary_input else "real-valued"
+            notes.append(
+                f"{name}: its {values} input was left unquantized, and {config.real_input_bits} bits are charged (real_input_bits)"
+            )
+        elif layer.binary_input:
             charged = {"binary": "1 bit is", "as_learned": "the widths given are", "4": "4 bits are"}[
                 config.first_layer
             ]
             notes.append(f"{name}: its input holds zeros and ones, and {charged} charged (first_layer)")
-        elif layer.bits is None:
-            notes.append(
-                f"{name}: its real-valued input was left unquantized, and {config.real_input_bits} bits are charged (real_input_bits)"
-            )
         weight = WEIGHT_BITS * layer.f_in * layer.f_out
         if weight > 8 * config.weight_buffer:
             notes.append(

@@ -94,7 +94,7 @@ class Workload:
 
     Attributes:
         indptr, indices: the CSR, row i holding the sources of node i, self loops included where layers add them. Arrays are kept as they are.
-        layers: their ``bits`` become uint8 ``[N]``.
+        layers: one or more; kept as a tuple, their ``bits`` as uint8 ``[N]``.
         name: for reports.
 
     Raises:
@@ -113,11 +113,14 @@ class Workload:
                 raise ValueError(f"{key} must be integers of one dimension, got {value.dtype} of shape {value.shape}")
             object.__setattr__(self, key, value)
         self._check_csr()
-        if not self.layers:
+        if isinstance(self.layers, Layer):
+            raise ValueError("layers must be a list of accel.Layer, got a single one; put it in brackets")
+        layers = tuple(self.layers)  # an iterator can be read once
+        if not layers:
             raise ValueError("a workload needs a layer at least")
-        if not all(isinstance(layer, Layer) for layer in self.layers):
+        if not all(isinstance(layer, Layer) for layer in layers):
             raise ValueError("layers must be of accel.Layer")
-        placed = tuple(layer._placed(self.num_nodes, index) for index, layer in enumerate(self.layers))
+        placed = tuple(layer._placed(self.num_nodes, index) for index, layer in enumerate(layers))
         object.__setattr__(self, "layers", placed)
 
     def _check_csr(self) -> None:

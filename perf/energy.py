@@ -18,16 +18,15 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch_geometric.data import Batch, Data
 from torch_geometric.nn import GATConv, GCNConv, GINConv, SAGEConv
 
 from ..accel.config import Config
 from ..accel.gpu import Gpu, GpuEnergy, find_gpu, model_fp32
 from ..accel.simulator import simulate
 from ..accel.workload import Layer, Workload
-from ..data import GraphDataset, load
+from ..data import load
 from ..experiments.store import Cell, Store
-from ..export import workload_from
+from ..export import arguments, whole, workload_from
 from ..recipes import Recipe
 from ..serialize import load as load_model
 
@@ -365,9 +364,9 @@ def _measured(
 ) -> Record:
     record: Record = {}
     try:
-        data = _data(models.dataset, data_root).to(meter.device)
         frozen = load_model(models.paths[0]).to(meter.device)
-        bound = frozen.bind(*(getattr(data, name) for name in frozen.inputs))
+        data = whole(frozen, load(models.dataset, data_root)).to(meter.device)
+        bound = frozen.bind(*arguments(frozen, data))
         for name, call in (("gpu", fp32_call(workload, data.x.float())), ("gpu_integer", bound)):
             measured = meter.measure(call, partial(show, f"{models}: {name}"))
             record |= {**_side(name, measured), f"{name}_net_joules": measured.net_joules}
@@ -377,12 +376,6 @@ def _measured(
             f"{models} does not fit into the memory of {meter.counter.name}; name a GPU with --gpu, and its energy is modelled"
         ) from error
     return record
-
-
-def _data(dataset: str, data_root: Path | None) -> Data:
-    """What a model runs on: the graph, or all graphs in one batch."""
-    loaded = load(dataset, data_root)
-    return Batch.from_data_list(list(loaded.graphs)) if isinstance(loaded, GraphDataset) else loaded.data
 
 
 # Writing

@@ -95,7 +95,7 @@ def _progress() -> Iterator[Callable[[str, float, int], None]]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     console = Console(stderr=True)
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
         task = bar.add_task("", total=None)
         shown = ""
@@ -605,13 +605,14 @@ def report(
 
 # energy
 
-_PARTS = ("integer", "float", "sram_dynamic", "sram_leakage", "hbm")
-
 
 def _energy_tables(records: Sequence[dict[str, Any]]) -> Iterator[Table]:
     """The accelerator by part, and the GPU beside it: rows for each of ``records``."""
     from rich import box
+    from rich.markup import escape
     from rich.table import Table
+
+    from .accel.energy import PARTS
 
     def table(title: str, *columns: str) -> Table:
         # it fits 80 columns
@@ -623,12 +624,12 @@ def _energy_tables(records: Sequence[dict[str, Any]]) -> Iterator[Table]:
     def number(value: float) -> str:
         return f"{value:.3g}" if value < 100 else f"{value:,.0f}"
 
-    names = [" ".join(filter(None, (r["dataset"], r["model"], r["scheme"]))) for r in records]
-    heads = (part.replace("sram_", "SRAM\n").replace("hbm", "HBM") for part in _PARTS)
+    names = [escape(" ".join(filter(None, (r["dataset"], r["model"], r["scheme"])))) for r in records]
+    heads = (part.replace("sram_", "SRAM\n").replace("hbm", "HBM") for part in PARTS)
     accelerator = table("Accelerator: µJ an inference, mean over runs", "runs", *heads, "all", "µs")
     for name, r in zip(names, records, strict=True):
         values = (
-            *(r[f"accelerator_{part}_joules"] for part in _PARTS),
+            *(r[f"accelerator_{part}_joules"] for part in PARTS),
             r["accelerator_joules"],
             r["accelerator_seconds"],
         )

@@ -70,7 +70,7 @@ def export_workload(model: nn.Module, data: Data, *, name: str = "") -> Workload
         reasons = "; ".join(f"{layer}: {reason}" for layer, reason in frozen.floats.items())
         raise ValueError(f"the accelerator runs integers only, and layers stay in float: {reasons}")
     with torch.no_grad(), _watched(frozen) as seen:
-        frozen(*_arguments(frozen, data))
+        frozen(*arguments(frozen, data))
     graph = _one_graph(seen.graphs)
     nodes = next(iter(seen.rows.values())).widths.numel() if graph is None else graph.num_nodes
     products = [product for product, rows in seen.rows.items() if rows.widths.numel() == nodes]
@@ -145,8 +145,12 @@ def workload_from(
         raise ValueError(f"the file {model} has widths and sizes of its own; leave bits and hidden out")
     frozen = serialize.load(model)
     loaded = datasets.load(dataset, data_root)
-    kind = next((kind for kind in frozen.kinds.values() if kind in ARCHITECTURES), "gcn")
-    return export_workload(frozen, _whole(loaded, kind), name=f"{loaded.name} {Path(model).stem}")
+    return export_workload(frozen, whole(frozen, loaded), name=f"{loaded.name} {Path(model).stem}")
+
+
+def whole(model: IntegerModel, loaded: Dataset | GraphDataset) -> Data:
+    """All of a data set, as the training of a frozen model read it; many graphs are one, side by side."""
+    return _whole(loaded, next((kind for kind in model.kinds.values() if kind in ARCHITECTURES), "gcn"))
 
 
 def _whole(loaded: Dataset | GraphDataset, model: str) -> Data:
@@ -209,8 +213,12 @@ def _watched(model: IntegerModel) -> Iterator[_Seen]:
             hook.remove()
 
 
-def _arguments(model: IntegerModel, data: Data) -> list[Any]:
-    """What a frozen model takes of ``data``, or ``data`` itself where its forward code takes that."""
+def arguments(model: IntegerModel, data: Data) -> list[Any]:
+    """What a frozen model takes of ``data``, or ``data`` itself where its forward code takes that.
+
+    Raises:
+        ValueError: the data do not have it.
+    """
     values = [getattr(data, name, None) for name in model.inputs]
     if len(values) == 1 and values[0] is None:
         return [data]

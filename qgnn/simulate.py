@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from . import accel
@@ -150,7 +151,7 @@ def _table(title: str, names: Sequence[str], numbers: Sequence[str], header: boo
 
 def _totals(document: Mapping[str, Any]) -> Table:
     graph, total, memory = document["workload"], document["total"], document["memory"]
-    table = _table(f"{graph['name'] or 'the workload'} on the accelerator", [""], [""], header=False)
+    table = _table(f"{escape(graph['name']) or 'the workload'} on the accelerator", [""], [""], header=False)
     energy = total["energy_pj"]
     cycles = {
         "cycles": "total",
@@ -186,7 +187,7 @@ def _cycles(layers: Sequence[Mapping[str, Any]]) -> Table:
     for number, layer in enumerate(layers):
         sizes = (str(layer["f_in"]), str(layer["f_out"]), f"{layer['average_bits']:.2f}")
         cycles = (f"{layer[f'{part}_cycles']:,}" for part in ("update", "aggregation", "stall", "total"))
-        table.add_row(layer["name"] or str(number), layer["kind"], *sizes, *cycles)
+        table.add_row(escape(layer["name"]) or str(number), layer["kind"], *sizes, *cycles)
     return table
 
 
@@ -195,7 +196,7 @@ def _costs(layers: Sequence[Mapping[str, Any]]) -> Table:
     table = _table("use of the array, traffic and energy", ("layer",), numbers)
     for number, layer in enumerate(layers):
         table.add_row(
-            layer["name"] or str(number),
+            escape(layer["name"]) or str(number),
             *(f"{layer[f'{part}_utilisation']:.1%}" for part in ("update", "aggregation")),
             *(_mebibytes(layer[f"{kind}_read_bits"] + layer[f"{kind}_write_bits"]) for kind in ("dram", "sram")),
             _micro(sum(layer["energy_pj"].values())),

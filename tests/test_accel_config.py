@@ -110,6 +110,22 @@ def test_texts_of_a_command_line(key: str, text: str, value: Any) -> None:
     assert got == value and type(got) is type(value)
 
 
+def test_scalars_of_numpy() -> None:
+    """As the items of an array are, which the sizes of a layer may be, too."""
+    config = accel.load_config(
+        pes=np.int64(64),
+        index_bits=np.uint8(16),
+        hbm_gbs=np.float32(0.5),
+        overlap=np.bool_(False),
+        order=np.str_("bits"),
+    )
+    assert config == accel.Config(pes=64, index_bits=16, hbm_gbs=0.5, overlap=False, order="bits")
+    assert {type(value) for value in config.to_dict().values()} == {int, float, str, bool, type(None)}
+    assert accel.simulate(workload(f_in=np.int32(3), heads=np.int8(1)), config) == accel.simulate(workload(), config)
+    with pytest.raises(ValueError, match="pes must be an integer from 1 on, got 0"):
+        accel.load_config(pes=np.int64(0))
+
+
 def test_every_key_has_a_unit_and_a_source() -> None:
     config = accel.load_config("cacti45-hp", sram_read_pj=0.5)
     rows = config.describe()
@@ -259,6 +275,15 @@ def test_layers_there_must_be() -> None:
         accel.Workload(INDPTR, INDICES, [])
     with pytest.raises(ValueError, match="Layer"):
         accel.Workload(INDPTR, INDICES, [{"f_in": 3}])  # type: ignore[list-item]  # what is tested
+    with pytest.raises(ValueError, match="got a single one; put it in brackets"):
+        accel.Workload(INDPTR, INDICES, accel.Layer(**LAYER))  # type: ignore[arg-type]  # what is tested
+
+
+def test_layers_of_an_iterator() -> None:
+    layers = [accel.Layer(**LAYER), accel.Layer(4, 2, [1, 2, 3])]
+    once = accel.Workload(INDPTR, INDICES, iter(layers))  # type: ignore[arg-type]  # what is tested
+    assert once.fingerprint() == accel.Workload(INDPTR, INDICES, layers).fingerprint()
+    assert len(once.layers) == 2
 
 
 def test_workload_of_lists() -> None:

@@ -508,6 +508,10 @@ def test_notes_name_what_a_reader_must_know() -> None:
     ).notes
     assert any("real-valued" in note and "16" in note and "layer 2" in note for note in notes), notes
     assert any("weight" in note for note in notes), notes
+    unquantized = build(INDPTR, INDICES, [{"f_in": 5, "f_out": 1, "bits": None, "binary_input": True}])
+    for first_layer, charged in (("binary", "1 bit is"), ("4", "4 bits are"), ("as_learned", "8 bits are")):
+        (note,) = accel.simulate(unquantized, accel.load_config(first_layer=first_layer)).notes
+        assert f"{charged} charged" in note
     plain = build(INDPTR, INDICES, [{"f_in": 5, "f_out": 1, "bits": 4}])
     assert accel.simulate(plain).notes == []
     for key, enough in (("weight_buffer", 3), ("edge_buffer", 152)):  # bytes: 5 weights; 38 integers of the CSR

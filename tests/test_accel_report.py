@@ -275,6 +275,7 @@ def test_bars_stack_to_the_totals() -> None:
     assert heights.sum(0).tolist() == [layer["total_cycles"] for layer in found["layers"]]
     tops = np.array([[bar.get_y() for bar in bars] for bars in axes.containers])
     assert (tops[1:] == np.cumsum(heights, 0)[:-1]).all()
+    assert axes.get_ylim()[0] == 0 and axes.get_ylim()[1] > heights.sum(0).max(), "the tallest bar meets the frame"
 
 
 def test_report_loads_matplotlib_for_plots_only() -> None:

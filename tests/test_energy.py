@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from qgnn import cli
 from qgnn.accel.config import Config
+from qgnn.accel.energy import PARTS
 from qgnn.accel.gpu import LAUNCH_SECONDS, Gpu, Kernel, find_gpu, fp32_kernels, gpus, model_fp32
 from qgnn.accel.simulator import simulate
 from qgnn.accel.workload import Layer, Workload
@@ -310,7 +311,7 @@ def test_figure_22_of_a_folder(folder: Path, tmp_path: Path) -> None:
     ]
     joules = [simulate(work, Config()).joules for work in works]
     assert row["accelerator_joules"] == pytest.approx(sum(joules) / 2, rel=1e-12)
-    assert sum(row[f"accelerator_{part}_joules"] for part in cli._PARTS) == pytest.approx(row["accelerator_joules"])
+    assert sum(row[f"accelerator_{part}_joules"] for part in PARTS) == pytest.approx(row["accelerator_joules"])
     gpu = model_fp32(works[0], gpus()["a100-80gb"])
     assert (row["gpu"], row["gpu_mode"], row["gpu_seconds"]) == ("a100-80gb", "modelled", gpu.seconds)
     for end in ("", "_low", "_high"):

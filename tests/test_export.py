@@ -263,7 +263,7 @@ def test_the_simulator_takes_it():
     assert memory.average_bits_by_dimension == pytest.approx(found.average_bits_dim, rel=1e-6)
 
 
-# -- what the accelerator does not run ---------------------------------------------------------------------------------------------------------
+# What the accelerator does not run
 
 
 class Unused(nn.Module):
@@ -362,7 +362,7 @@ def test_data_that_do_not_fit():
         qgnn.export_workload(calibrated(Bipartite(), "int8", two), two)
 
 
-# -- by name -----------------------------------------------------------------------------------------------------------------------------------
+# By name
 
 
 @pytest.mark.parametrize(

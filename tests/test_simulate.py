@@ -99,6 +99,14 @@ def test_tables_are_what_the_simulator_counts(file: str) -> None:
     assert "note: first: its input holds zeros and ones, and 1 bit is charged (first_layer)" in shown.stdout
 
 
+@pytest.mark.parametrize("name", ["[/x]", "conv[0]"])
+def test_brackets_in_names_are_no_markup(file: str, name: str) -> None:
+    accel.Workload([0, 1], [0], [accel.Layer(3, 2, 2, name=name)], name).save(file)
+    shown = run("--workload", file).stdout
+    assert shown.startswith(f"{name} on the accelerator")
+    assert cells(shown, name, "gcn")[:2] == ["3", "2"]
+
+
 def test_comparison_has_both_accountings_and_all_orders(file: str) -> None:
     text = run("--workload", file, "--baseline", "int4,int2").stdout
     workload = accel.Workload.load(file)
