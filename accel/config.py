@@ -116,6 +116,8 @@ class Config:
             value = getattr(self, entry.name)
             if isinstance(value, np.generic):  # such as the items of an array that is swept
                 object.__setattr__(self, entry.name, value.item())
+        if str(self.first_layer) == "4":  # 4, as one writes it in TOML and Python
+            object.__setattr__(self, "first_layer", "4")
         for key in ("pes", "macs", "agg_serial", "real_input_bits"):
             self._number(key, int, least=1)
         for key in ("input_buffer", "output_buffer", "edge_buffer", "weight_buffer"):

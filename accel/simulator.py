@@ -122,6 +122,8 @@ def simulate(workload: Workload, config: Config | None = None) -> Result:
         ValueError: the workload has bad sizes, as its classes say.
     """
     config = Config() if config is None else config
+    if not isinstance(config, Config):
+        raise TypeError(f"config must be an accel.Config, as accel.load_config gives one, got {config!r}")
     nodes, edges, layers = workload.num_nodes, workload.num_edges, workload.layers
     widths = [charged_bits(layer, nodes, config) for layer in layers]
     sums: list[int] = [int(bits.sum(dtype=np.int64)) for bits in widths]

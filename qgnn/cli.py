@@ -682,8 +682,9 @@ def energy(
     ] = None,
     json_to: JsonOption = None,
 ) -> None:
-    """Nothing is measured where --gpu names one. ``--json`` gets the rows."""
+    """Nothing is measured where --gpu names one. ``--json`` gets the rows; of ``--runs``, a row that cannot be made is left out, and named."""
     records: list[dict[str, Any]] = []
+    failed: list[str] = []
     with _one_line_errors(lambda: f"interrupted after {len(records)} rows"):
         from .perf import energy as engine
 
@@ -699,9 +700,17 @@ def energy(
         lines, console = _JsonLines(json_to), _console(json_to)
         with _progress() as show:
             for models in found:
-                records.append(engine.compare(models, accelerator, other, data_root, show))
-                lines.write(records[-1])
+                try:
+                    records.append(engine.compare(models, accelerator, other, data_root, show))
+                except ValueError as error:
+                    if len(found) == 1:
+                        raise
+                    failed.append(f"{models}: {error}")
+                else:
+                    lines.write(records[-1])
         for table in _energy_tables(records):
             console.print(table)
         for file in engine.write(records, out) if out is not None else ():
             console.print(f"wrote {file}", soft_wrap=True, markup=False)
+    if failed:
+        _stop(f"left out: {'; '.join(failed)}", 1)

@@ -297,6 +297,19 @@ def run(*args: str) -> SimpleNamespace:
     return SimpleNamespace(code=result.exit_code, out=result.stdout, error=result.stderr)
 
 
+def test_a_row_that_cannot_be_made_costs_that_row_only(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (good,) = energy.trained(folder)
+    (tmp_path / "damaged").write_bytes(b"no model")
+    bad = energy.Models("digits", "gat", "a2q", (tmp_path / "damaged",))
+    monkeypatch.setattr(energy, "trained", lambda _: [bad, good])
+    found = run("--runs", "anything", "--gpu", "h200", "--json", str(tmp_path / "j"))
+    (row,) = [json.loads(line) for line in (tmp_path / "j").read_text().splitlines()]
+    assert row["model"] == "gcn" and "digits gcn a2q" in found.out
+    assert found.code == 1 and found.error.startswith("qgnn: left out: digits gat a2q: ")
+
+
 def test_figure_22_of_a_folder(folder: Path, tmp_path: Path) -> None:
     found = run(
         "--runs", str(folder), "--gpu", "a100-80gb", "--out", str(tmp_path / "e"), "--json", str(tmp_path / "j")
