@@ -114,6 +114,17 @@ REGISTRY = (
         cases="train_step.train_steps",
         on_graphs=True,
     ),
+    Benchmark(
+        operation="quantized-step",
+        suites=("quantized-step",),
+        shapes=("digits",),
+        inputs="the data set, prepared as the recipe of quantized training says; 128 hidden columns",
+        baseline="our own FP32 model of the same sizes and recipe",
+        gate="finite parameters: dropout leaves no result to compare; gradients are compared in the tests",
+        tests="tests/test_training.py",
+        cases="quantized_step.quantized_steps",
+        on_graphs=True,
+    ),
 )
 
 SUITES = tuple(dict.fromkeys(suite for row in REGISTRY for suite in row.suites))

@@ -65,6 +65,12 @@ def pyg_step(model: str, data: Data, classes: int, recipe: Recipe) -> tuple[nn.M
     assert isinstance(data.x, Tensor) and isinstance(data.y, Tensor)
     layers = pyg_layers(model, data.x.size(1), classes, recipe)
     network = PyGModel(layers, recipe.input_dropout, recipe.dropout).to(data.x.device).train()
+    return network, step_of(network, data, recipe)
+
+
+def step_of(network: nn.Module, data: Data, recipe: Recipe) -> Callable[[], None]:
+    """A training step of a network that takes ``x`` and ``edge_index``, with a recipe's optimizer."""
+    assert isinstance(data.y, Tensor)
     optimizer = torch.optim.Adam(network.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay)
 
     def step() -> None:
@@ -73,7 +79,7 @@ def pyg_step(model: str, data: Data, classes: int, recipe: Recipe) -> tuple[nn.M
         F.cross_entropy(out[data.train_mask], data.y[data.train_mask]).backward()
         optimizer.step()
 
-    return network, step
+    return step
 
 
 def train_steps(name: str, device: str) -> Iterator[Case]:
@@ -92,13 +98,19 @@ def train_steps(name: str, device: str) -> Iterator[Case]:
         yield Case(
             f"{dataset.name} {model} {scheme.name}",
             [
-                ready("pyg-fp32", step, _finite(theirs)),
-                ready("qgnn", partial(trainer.step, trainer.total, task.data), _finite(trainer.model)),
+                ready("pyg-fp32", step, finite(theirs)),
+                ready("qgnn", partial(trainer.step, trainer.total, task.data), finite(trainer.model)),
             ],
         )
 
 
-def _finite(model: nn.Module) -> Callable[[object], None]:
+def finite(model: nn.Module) -> Callable[[object], None]:
+    """Accepts a step that leaves the parameters of ``model`` finite.
+
+    Raises:
+        WrongResult: when called, where they are not.
+    """
+
     def accept(_: object) -> None:
         bad = [name for name, p in model.named_parameters() if not bool(p.isfinite().all())]
         if bad:

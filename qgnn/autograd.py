@@ -253,7 +253,7 @@ class Aggregate(torch.autograd.Function):
             if arg is not None:
                 grad_x = aggregate_arg_backward(indptr, indices, edges, grad, arg, weight)
             else:
-                ordered = None if weight is None else weight[edges.long()]
+                ordered = None if weight is None else weight.index_select(0, edges)
                 grad_x, _ = aggregate(indptr, indices, list(schedule), grad, ordered, "sum")
         if ctx.needs_input_grad[1] and weight is not None:
             grad_weight = edge_dot(graph.rows, graph.indices, x, grad, arg).to(weight.dtype)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -253,7 +255,9 @@ def train(
     scheme: Annotated[
         str,
         typer.Option(
-            help="fp32, fp16, int8, int4, nqat-int8, nqat-int4, dq-int8, dq-int4, a2q, a2q-nns (many graphs) or bi; suffixes choose variants."
+            help="fp32, fp16, int8, int4, nqat-int8, nqat-int4, dq-int8, dq-int4, a2q, a2q-nns (many graphs) or bi; suffixes choose variants. "
+            "Quantized training: fixed-2 to fixed-8, msfp12 to msfp16, sdq:8,6,4,4 or adq:4,8, with options such as fixed-8/grad=6 or "
+            "fixed-4/rounding=stochastic."
         ),
     ] = "a2q",
     seeds: Annotated[int, typer.Option(metavar="K", min=1, help="Seeds 0 to K-1, one run each.")] = 1,
@@ -334,7 +338,9 @@ def train(
 def reproduce(
     table: Annotated[
         str,
-        typer.Argument(help="a2q-1, -2, -3, -8 to -16, dq-1, -2, -3, -9, or a table of your own: PATH.toml."),
+        typer.Argument(
+            help="a2q-1, -2, -3, -8 to -16, dq-1, -2, -3, -9, tu, qt-ram, qt-density, qt-accuracy, or a table of your own: PATH.toml."
+        ),
     ],
     rows: Annotated[
         str, typer.Option(metavar="IDS", help="Only these rows: ids or patterns such as gcn-*, separated by commas.")
@@ -358,6 +364,15 @@ def reproduce(
         chosen = tables.load(table)
         selected = chosen.select([pattern for pattern in rows.split(",") if pattern])
         lines = _JsonLines(json_to)
+        if chosen.kind == "memory":
+            from .perf import memory
+
+            _make_folder(out)
+            for entry in memory.reproduce(chosen, selected, data_root, device, out):
+                lines.write(entry)
+            text = (out / f"{chosen.name}.md").read_text(encoding="utf-8")
+            _console(json_to).print(text, markup=False, soft_wrap=True, end="")
+            return
         store = Store(out)
         with store.alone(), _progress() as show:
             plans = engine.plan(chosen, selected, seeds, data_root)
@@ -368,6 +383,141 @@ def reproduce(
         _console(json_to).print(compare.markdown(chosen, plans, entries), markup=False, soft_wrap=True, end="")
     if any(plan.failed for plan in plans):
         raise typer.Exit(1)
+
+
+# sweep
+
+
+@app.command(
+    epilog="Example: qgnn sweep grid.toml --jobs 4 --out out/grid",
+    help="Train every combination of data sets, models, schemes, seeds and settings in a TOML file, or search for settings. A training that "
+    "crashes, is killed or runs out of memory is tried once more.",
+)
+def sweep(
+    file: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FILE",
+            help="TOML: datasets, models, schemes, seeds, folds, [recipe], [[exclude]], [search]; docs/sweep.md says more.",
+        ),
+    ],
+    jobs: Annotated[int, typer.Option(metavar="J", min=1, help="Processes that train at the same time.")] = 1,
+    engine: Annotated[
+        Literal["local", "ray"],
+        typer.Option(
+            help="Processes of this machine, or Ray: the cluster that RAY_ADDRESS names, else Ray started here."
+        ),
+    ] = "local",
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume",
+            help="Go on in a folder that holds results: what is done or has diverged is kept, what failed is tried again, and what was under way "
+            "goes on from its checkpoint. Without it such a folder is refused.",
+        ),
+    ] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Keep results and checkpoints here; else out/sweep/NAME for NAME.toml."),
+    ] = None,
+    data_root: DataRootOption = None,
+    device: DeviceOption = "cpu",
+    json_to: JsonOption = None,
+) -> None:
+    """``--json`` gets the rows of the table at the end. Exit code 1 if a training has no result."""
+    folder = out or Path("out/sweep") / file.stem
+    interrupted = f"interrupted; qgnn sweep {file} --out {folder} --resume goes on"
+    with _one_line_errors(lambda: interrupted):
+        from .environment import require
+
+        require("sweep", "pyarrow", *(["ray"] if engine == "ray" else []))
+        from .experiments import grid as grids
+        from .experiments import sweep as sweeps
+        from .experiments import view
+        from .experiments.parquet import Ledger, ParquetFolder
+        from .experiments.search import Searcher
+
+        grid = grids.load_grid(file)
+        groups = grids.groups(grid, data_root)
+        if grid.search is not None:
+            require("sweep", "optuna")
+        lines, store = _JsonLines(json_to), ParquetFolder(folder)
+        with store.alone(), _progress() as show:
+            ledger = Ledger(store)
+            if ledger.rows and not resume:
+                raise ValueError(
+                    f"{folder} holds {len(ledger.rows)} results; add --resume to go on there, or choose another --out"
+                )
+            plan = sweeps.plan(grid, groups, ledger)
+            sweeps.train(plan, ledger, engine, jobs, data_root, device, partial(show, grid.name))
+            store.merge()
+        found, console = view.runs(folder), _console(json_to)
+        _print_runs(view.means(found), found, lines, console)
+        for sentence in plan.best() if isinstance(plan, Searcher) else ():
+            console.print(sentence, markup=False, soft_wrap=True)
+    if view.failures(found):
+        raise typer.Exit(1)
+
+
+def _print_runs(table: pd.DataFrame, found: pd.DataFrame, lines: _JsonLines, console: Console) -> None:
+    """A table of ``found``, and which of these runs have no result."""
+    from .experiments import view
+
+    for row in view.records(table):
+        lines.write(row)
+    console.print(view.markdown(table), markup=False, soft_wrap=True, end="")
+    for sentence in view.failures(found):
+        console.print(f"no result: {' '.join(sentence.split())}", markup=False, soft_wrap=True)
+
+
+# results
+
+
+@app.command(
+    epilog="Example: qgnn results out/grid --where \"model == 'gcn' and seed < 5\" --pivot scheme,dataset,test_acc",
+    help="Print the results of qgnn sweep: means over seeds and folds, or a pivot, of all runs or of those that match a condition.",
+)
+def results(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="What qgnn sweep --out filled.")],
+    where: Annotated[
+        str | None,
+        typer.Option(
+            metavar="CONDITION",
+            help="Only these runs: comparisons of a column with a value, joined by and, or, not; such as \"scheme in ['fp32', 'fixed-8']\".",
+        ),
+    ] = None,
+    pivot: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ROWS,COLUMNS,VALUE",
+            help="Means of a column by others, such as scheme,dataset+model,test_acc, instead of the usual table.",
+        ),
+    ] = None,
+    export: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Write the runs, with all columns, or the pivot, to this file: .csv, .parquet, .json or .md.",
+        ),
+    ] = None,
+    json_to: JsonOption = None,
+) -> None:
+    """``--json`` gets the rows of the table that is printed."""
+    with _one_line_errors(lambda: "interrupted"):
+        from .environment import require
+
+        require("sweep", "pyarrow")
+        from .experiments import view
+
+        lines, found = _JsonLines(json_to), view.runs(folder)
+        if export is not None:
+            _check_file("--export", export)
+        if where is not None:
+            found = view.where(found, where)
+        table = view.means(found) if pivot is None else view.pivot(found, pivot)
+        if export is not None:
+            view.export(found if pivot is None else table, export)
+        _print_runs(table, found, lines, _console(json_to))
 
 
 # bench
@@ -521,6 +671,89 @@ def simulate(
             console.print(part)
         for line in (*(f"note: {note}" for note in document["notes"]), *(f"wrote {file}" for file in files)):
             console.print(line, soft_wrap=True, markup=False)
+
+
+# memory
+
+
+def _memory_tables(rows: Sequence[dict[str, Any]], layers: bool) -> Iterator[Table]:
+    """A row for each scheme; with ``layers``, a table for each scheme of what its layers keep."""
+    from rich import box
+    from rich.table import Table
+
+    def table(title: str, *columns: str) -> Table:
+        # it fits 80 columns
+        made = Table("", title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1))
+        for column in columns:
+            made.add_column(column, justify="right", no_wrap=True)
+        return made
+
+    def cells(row: dict[str, Any], form: str, unit: float, *keys: str) -> list[str]:
+        return ["" if row[key] is None else f"{row[key] / unit:{form}}" for key in keys]
+
+    head = rows[0]
+    sizes = table(
+        f"{head['dataset']}, {head['model']}, hidden {head['hidden']}: MB of a training step; PyG's layers emulate the scheme",
+        *("feature\nmaps", "masks", "kept for\nbackward", "allocated", "PyG:\nkept", "PyG:\nallocated"),
+        *["Bqain's\nGCN"] * (head["printed_mb"] is not None),
+    )
+    ratios = table(
+        "The same, as ratios",
+        *("feature maps\n/ FP32", "kept\n/ FP32", "allocated\n/ FP32", "kept /\nPyG's FP32", "kept /\nemulated"),
+    )
+    for row in rows:
+        bytes_of = ("feature_map", "mask", "saved", "allocated", "pyg_saved", "pyg_allocated")
+        printed = [] if head["printed_mb"] is None else cells(row, "g", 1, "printed_mb")
+        sizes.add_row(row["scheme"], *cells(row, ",.3f", 1e6, *(f"{name}_bytes" for name in bytes_of)), *printed)
+        ratio_of = ("feature_map", "saved", "allocated", "pyg_fp32_saved", "emulation_saved")
+        ratios.add_row(row["scheme"], *cells(row, ".2f", 1, *(f"{name}_ratio" for name in ratio_of)))
+    yield sizes
+    yield ratios
+    for row in rows if layers else ():
+        kinds = list(dict.fromkeys(kind for kept in row["layers"].values() for kind in kept))
+        part = table(f"{row['scheme']}: bytes kept by each layer", *kinds)
+        for layer, kept in row["layers"].items():
+            part.add_row(layer or "between layers", *(f"{kept[kind]:,}" if kind in kept else "" for kind in kinds))
+        yield part
+
+
+@app.command(
+    epilog="Example: qgnn memory --dataset Cora --model gcn --scheme fixed-8,fixed-4,msfp12 --hidden 128 --layers",
+    help="Measure what a training step keeps for backward and allocates, scheme by scheme, beside FP32, PyG's layers and plain emulation.",
+)
+def memory(
+    dataset: Annotated[str, typer.Option(help="As qgnn train takes it, such as Cora or PROTEINS.")],
+    model: Annotated[str, typer.Option(help="gcn, gat, gin or sage.")] = "gcn",
+    scheme: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="S,S", help="Schemes; repeatable. By default fp32,fp32/saved=int4,fixed-8,fixed-4,msfp16,msfp12."
+        ),
+    ] = None,
+    hidden: Annotated[int | None, typer.Option(min=1, help="Width of the hidden layers; else the recipe's.")] = None,
+    layers: Annotated[bool, typer.Option("--layers", help="Print what each layer keeps, by kind, too.")] = False,
+    data_root: DataRootOption = None,
+    device: DeviceOption = "cpu",
+    json_to: JsonOption = None,
+) -> None:
+    """A tensor counts while autograd keeps it; parameters, data and graphs, which are there anyway, do not."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # torch's profiler writes to stderr otherwise
+    rows: list[dict[str, Any]] = []
+    with _one_line_errors(lambda: f"interrupted after {len(rows)} rows"):
+        from . import quant
+        from .data import load
+        from .perf import memory as engine
+
+        names = scheme or ["fp32,fp32/saved=int4,fixed-8,fixed-4,msfp16,msfp12"]
+        schemes = [quant.parse(name) for text in names for name in re.split(r",(?=[a-z])", text)]
+        lines, loaded = _JsonLines(json_to), load(dataset, data_root)
+        with _progress() as show:
+            for row in engine.rows(loaded, model, schemes, hidden, device):
+                rows.append(row)
+                lines.write(row)
+                show(row["scheme"], len(rows), len(schemes))
+        for table in _memory_tables(rows, layers):
+            _console(json_to).print(table)
 
 
 # info

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from .nn import GATConv, GCNConv, GINConv, Linear, SAGEConv
+from .nn.activation import ReLU
 from .nn.conv import check_message_passing, check_reduction
 from .quant import Scheme, parse
+from .quant.saved import attach, packs_maps
 
 _log = logging.getLogger(__name__)
 
@@ -98,6 +100,8 @@ def convert(
     conversion.visit(model, "")
     result: nn.Module = copy.deepcopy(model, conversion.copies)
     conversion.take_over_hooks()
+    if packs_maps(parsed):
+        attach(result)
     copied = dict(result.named_modules(remove_duplicate=False))
     for name, part in model.named_modules():  # from the outside in
         if name in copied:
@@ -158,6 +162,9 @@ class _Conversion:
                 self.in_float[name] = f"{kind}: {error}"
         elif isinstance(module, _WHOLE) or (isinstance(module, pyg.JumpingKnowledge) and module.lstm is not None):
             self.in_float[name] = f"{kind} has no quantized counterpart"
+        elif type(module) is nn.ReLU and packs_maps(self.scheme):
+            self.copies[id(module)] = new = ReLU()
+            self._replaced.append((module, new))
         else:
             if next(module.parameters(recurse=False), None) is not None and not isinstance(module, _NORMS):
                 self.in_float[name] = f"the parameters of {kind} have no quantized counterpart"

@@ -34,6 +34,9 @@ VARIABLES = (
     "TRITON_DEFAULT_FP_FUSION",
     "NUMBA_NUM_THREADS",
     "NUMBA_CACHE_DIR",
+    "RAY_ADDRESS",
+    "RAY_USAGE_STATS_ENABLED",
+    "KINETO_LOG_LEVEL",
     "OMP_NUM_THREADS",
 )
 """Environment variables that change what runs; docs/environment.md says how."""
@@ -130,11 +133,21 @@ def _numba_threads() -> int | None:
     return int(numba.config.NUMBA_NUM_THREADS)
 
 
-def report() -> dict[str, Any]:
-    """Versions, devices, backends, environment variables and optional features, as JSON can hold them."""
+def require(extra: str, *distributions: str) -> None:
+    """Says how to install what an optional feature needs; all that its extra has, by default.
+
+    Raises:
+        ValueError: something of it is not installed.
+    """
+    feature = next(feature for feature in FEATURES if feature.extra == extra)
+    if missing := [name for name in feature.missing if name in (distributions or feature.modules)]:
+        raise ValueError(f"{feature.purpose} need {', '.join(missing)}: pip install {' '.join(missing)}")
+
+
+def machine() -> dict[str, Any]:
+    """Versions and devices, as JSON can hold them."""
     import torch
 
-    gpus = _gpus()
     return {
         "versions": {
             "qgnn": __version__,
@@ -147,9 +160,17 @@ def report() -> dict[str, Any]:
             "processors": os.cpu_count(),
             "torch_threads": torch.get_num_threads(),
             "numba_threads": _numba_threads(),
-            "gpus": gpus,
+            "gpus": _gpus(),
         },
-        "backends": _backends(gpus),
+    }
+
+
+def report() -> dict[str, Any]:
+    """:func:`machine`, backends, environment variables and optional features, as JSON can hold them."""
+    found = machine()
+    return {
+        **found,
+        "backends": _backends(found["devices"]["gpus"]),
         "environment": {name: os.environ.get(name) for name in VARIABLES},
         "optional": [
             {"extra": f.extra, "purpose": f.purpose, "missing": f.missing, "install": f.install} for f in FEATURES

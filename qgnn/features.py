@@ -22,10 +22,13 @@ class SparseFeatures:
     Attributes:
         graph: bipartite, ``F`` sources and ``N`` destinations, an edge for every nonzero.
         values: float32, the nonzeros in CSR order.
+        whole, share: after dropout, the values before it and the chance that one was kept: a bit for each then says which.
     """
 
     graph: Graph
     values: Tensor
+    whole: Tensor | None = None
+    share: float = 1.0
 
     @classmethod
     def from_dense(cls, x: Tensor) -> SparseFeatures:
@@ -68,4 +71,4 @@ def dropout(x: Tensor | SparseFeatures, p: float, training: bool) -> Tensor | Sp
     """``torch.nn.functional.dropout`` for dense and sparse features; of sparse ones only the nonzeros are drawn for."""
     if isinstance(x, Tensor):
         return F.dropout(x, p, training)
-    return replace(x, values=F.dropout(x.values, p, training)) if training else x
+    return replace(x, values=F.dropout(x.values, p), whole=x.values, share=1 - p) if training and p else x

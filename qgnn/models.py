@@ -16,8 +16,10 @@ from . import ops
 from .features import SparseFeatures, dropout
 from .graph import Graph
 from .nn import GATConv, GCNConv, GINConv, Linear, SAGEConv
+from .nn.activation import relu
 from .parts import pool
 from .quant import FeatureMap, Scheme, batched_graph, feature_maps, parse
+from .quant.saved import attach, packs_maps
 from .recipes import Recipe
 
 Activation = Literal["relu", "elu"]
@@ -48,12 +50,15 @@ class _NodeModel(nn.Module):
         dropout: float,
         input_dropout: float | None,
         skip: bool,
+        scheme: str | Scheme,
         activation: Activation = "relu",
     ) -> None:
         super().__init__()
         self.convs = nn.ModuleList(convs)
         self.dropout, self.input_dropout = dropout, dropout if input_dropout is None else input_dropout
         self.skip, self.activation = skip, activation
+        if packs_maps(parse(scheme)):
+            attach(self)
 
     def forward(self, x: Tensor | SparseFeatures, edge_index: Tensor | Graph) -> Tensor:
         """``x`` ``[N, in_channels]`` and ``edge_index`` ``[2, E]`` -> outputs ``[N, out_channels]``."""
@@ -61,8 +66,8 @@ class _NodeModel(nn.Module):
         h: Tensor = first(dropout(x, self.input_dropout, self.training), edge_index)
         read: Tensor | None = None
         for conv in rest:
-            activated = self._activate(h)
-            read = activated if read is None or not self.skip else activated + read
+            h = self._activate(h)  # the output of the layer, which nothing needs any more, is let go
+            read = h if read is None or not self.skip else h + read
             h = conv(read, edge_index)
         return h
 
@@ -100,7 +105,7 @@ class GCN(_NodeModel):
         _check_sizes(num_layers)
         sizes = [in_channels, *[hidden] * (num_layers - 1), out_channels]
         convs = (GCNConv(a, b, scheme=scheme, num_nodes=num_nodes) for a, b in pairwise(sizes))
-        super().__init__(convs, dropout, input_dropout, skip)
+        super().__init__(convs, dropout, input_dropout, skip, scheme)
 
 
 class GAT(_NodeModel):
@@ -136,7 +141,7 @@ class GAT(_NodeModel):
             for size in sizes[:-1]
         ]
         last = GATConv(sizes[-1], out_channels, dropout=attention_dropout, scheme=scheme, num_nodes=num_nodes)
-        super().__init__([*convs, last], dropout, input_dropout, skip, activation)
+        super().__init__([*convs, last], dropout, input_dropout, skip, scheme, activation)
 
 
 class GIN(_NodeModel):
@@ -171,12 +176,12 @@ class GIN(_NodeModel):
         def mlp(size: int, out: int) -> nn.Sequential:
             widths = [size, *[hidden] * (mlp_layers - 1), out]
             linears = [Linear(a, b, scheme=scheme, num_nodes=num_nodes) for a, b in pairwise(widths)]
-            between = [part for linear in linears[:-1] for part in (linear, nn.BatchNorm1d(hidden), nn.ReLU())]
+            between = [part for linear in linears[:-1] for part in (linear, nn.BatchNorm1d(hidden), relu(scheme))]
             return nn.Sequential(*between, linears[-1])
 
         sizes = [in_channels, *[hidden] * (num_layers - 1), out_channels]
         convs = (GINConv(mlp(a, b), aggr=aggr, scheme=scheme) for a, b in pairwise(sizes))
-        super().__init__(convs, dropout, input_dropout, skip)
+        super().__init__(convs, dropout, input_dropout, skip, scheme)
 
 
 class GraphSAGE(_NodeModel):
@@ -205,13 +210,13 @@ class GraphSAGE(_NodeModel):
         _check_sizes(num_layers)
         sizes = [in_channels, *[hidden] * (num_layers - 1), out_channels]
         convs = (SAGEConv(a, b, aggr, scheme=scheme, num_nodes=num_nodes) for a, b in pairwise(sizes))
-        super().__init__(convs, dropout, input_dropout, skip)
+        super().__init__(convs, dropout, input_dropout, skip, scheme)
 
 
 def _mlp(widths: Sequence[int], scheme: Scheme) -> nn.Sequential:
     """Linears with ReLU between them."""
     linears = [Linear(a, b, scheme=scheme) for a, b in pairwise(widths)]
-    return nn.Sequential(*(part for linear in linears[:-1] for part in (linear, nn.ReLU())), linears[-1])
+    return nn.Sequential(*(part for linear in linears[:-1] for part in (linear, relu(scheme))), linears[-1])
 
 
 class _GraphModel(nn.Module, ABC):
@@ -223,9 +228,11 @@ class _GraphModel(nn.Module, ABC):
 
     PER_GRAPH: tuple[str, ...]
 
-    def __init__(self, pool: Aggregation) -> None:
+    def __init__(self, pool: Aggregation, scheme: Scheme) -> None:
         super().__init__()
         self.pool = pool
+        if packs_maps(scheme):
+            attach(self)
         self.seen_nodes = self.seen_graphs = 0
 
     def forward(self, x: Tensor, edge_index: Tensor | Graph, batch: Tensor, num_graphs: int | None = None) -> Tensor:
@@ -277,7 +284,7 @@ class _ResidualModel(_GraphModel):
         pool: Aggregation,
         activation: Activation = "relu",
     ) -> None:
-        super().__init__(pool)
+        super().__init__(pool, scheme)
         self.embedding = nn.Embedding(kinds, width) if kinds else Linear(in_channels, width, scheme=scheme)
         self.convs = nn.ModuleList(convs)
         self.norms = nn.ModuleList(nn.BatchNorm1d(width) for _ in self.convs)
@@ -453,14 +460,15 @@ class PooledGIN(_GraphModel):
         *,
         pool: Aggregation = "mean",
     ) -> None:
-        super().__init__(pool)
         _check_sizes(num_layers)
         scheme = parse(scheme)
+        super().__init__(pool, scheme)
         self.dropout = dropout
 
         def conv(size: int) -> GINConv:
             first = "fp32" if size == 1 else scheme
-            inner = (Linear(size, hidden, scheme=first), nn.ReLU(), Linear(hidden, hidden, scheme=scheme), nn.ReLU())
+            linears = Linear(size, hidden, scheme=first), Linear(hidden, hidden, scheme=scheme)
+            inner = (linears[0], relu(scheme), linears[1], relu(scheme))
             return GINConv(nn.Sequential(*inner, nn.BatchNorm1d(hidden)), train_eps=True, scheme=first)
 
         self.convs = nn.ModuleList(conv(size) for size in [in_channels, *[hidden] * (num_layers - 1)])

@@ -19,7 +19,7 @@ _CHOICES = {"aggr": ("", "sum", "mean", "max"), "activation": ("relu", "elu")}
 @dataclass(frozen=True)
 class Recipe:
     """How a model is trained: ``warmup`` epochs in FP32, then ``epochs`` from the best of these weights with a new optimizer; then the
-    quantizers of a quantized scheme are on.
+    quantizers of a quantized scheme are on. Without a warm-up they are on from the first epoch.
 
     Attributes:
         warmup, epochs: lengths of the two phases.
@@ -31,7 +31,8 @@ class Recipe:
         weight_decay: L2 penalty of weights and biases.
         lr_bits, lr_step, lr_weight_step, lr_operand_step: learning rates of widths, and of the logarithms of the steps of features, weights and
             operands.
-        distill: weight of the loss of all nodes or training graphs against the predictions of the best warm-up weights, which are made once.
+        distill: weight of the loss of all nodes or training graphs against the predictions of the best warm-up weights, which are made once;
+            without a warm-up there are none, and no such loss.
         initial_bits: mean of the widths at the start.
         bits_share: share of the second phase in which widths learn; then they are fixed, and steps and weights settle.
         penalty: factor of the memory penalty (A2Q eq. 6), which squares the excess over ``target_bits``, in KB.
@@ -45,6 +46,7 @@ class Recipe:
         batch: graphs, links, or, with ``fanout``, training nodes in a step; 0 takes all.
         fanout: neighbours that are sampled for each node, layer by layer; 0 computes on the whole graph.
         halve_every: epochs after which every learning rate is halved; 0 never does.
+        patience: epochs without a better validation loss after which ADQ adds a bit.
     """
 
     warmup: int
@@ -77,6 +79,7 @@ class Recipe:
     batch: int = 0
     fanout: int = 0
     halve_every: int = 0
+    patience: int = 10
 
     def changed(
         self, epochs: int | None = None, hidden: int | None = None, settings: Mapping[str, str] | None = None
@@ -106,7 +109,7 @@ class Recipe:
         if hidden is not None:
             recipe = replace(recipe, hidden=hidden)
         for name in (name for name, kind in kinds.items() if kind is not str):
-            smallest = 1 if name in ("epochs", "hidden", "layers", "heads") else 0
+            smallest = 1 if name in ("epochs", "hidden", "layers", "heads", "patience") else 0
             if not getattr(recipe, name) >= smallest:
                 raise ValueError(f"{name} must be at least {smallest}, got {getattr(recipe, name)}")
         return recipe
@@ -193,6 +196,19 @@ _MANY: dict[tuple[str, str], Recipe] = {
 }
 RECIPES.update({(model, "fp32", place): recipe for (model, place), recipe in _MANY.items()})
 RECIPES.update({(model, "a2q", place): replace(recipe, **_NNS) for (model, place), recipe in _MANY.items()})
+
+# Quantized training ("fixed" and "msfp"): both passes are quantized from the first epoch, so that no FP32 model is trained before, and none teaches.
+# Everything else is the FP32 recipe's first phase, for as many epochs as both phases have, so that FP32 runs the same with --set.
+RECIPES.update(
+    {
+        (model, method, place): replace(
+            recipe, warmup=0, epochs=recipe.warmup + recipe.epochs, dropout=recipe.warmup_dropout, lr=recipe.warmup_lr, distill=0.0
+        )
+        for (model, scheme, place), recipe in list(RECIPES.items())
+        for method in ("fixed", "msfp")
+        if scheme == "fp32"
+    }
+)  # fmt: skip
 
 
 def recipe_for(model: str, scheme: Scheme, dataset: Dataset | GraphDataset) -> Recipe:

@@ -16,6 +16,8 @@ test_acc_best_over_epochs   the best test metric of an epoch of that phase withi
 average_bits                mean over the quantized layers of the mean width over nodes
 average_bits_dim            the same, each feature map weighted by its dimension
 average_bits_all            every feature map counted, the unquantized ones as well
+widths                      the scheme's width in the second phase, one after the other, as [width, epochs] pairs; null where widths are learned or
+                            nothing is quantized
 compression                 bits of the feature maps at FP32 over their bits as quantized
 compression_with_steps      the same, the 32-bit steps counted too
 packed_bytes, fp32_bytes    bytes of the feature maps, as quantized and at FP32

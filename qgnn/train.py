@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,7 +23,9 @@ from . import models, quant
 from .data import Dataset, GraphDataset
 from .freeze import freeze
 from .integer import IntegerModel
+from .memory import SavedTensors
 from .quant.a2q import learned_layers
+from .quant.components import FLOAT
 from .recipes import Recipe, recipe_for
 from .tasks import NodeTask, Scores, Task, prepare, task_of, training_features
 
@@ -47,9 +50,10 @@ class Run:
         record: one JSON record (:mod:`qgnn.results` lists its fields).
         model: the fake-quantized model with the weights of the best epoch, in eval mode.
         task: the data it was trained on, as training saw them, and how it is measured.
-        frozen: the integer model, bound to the graph or to test graphs; None for "fp32", "fp16" and "bi", which have no integers.
-        curve: for every epoch ``epoch``, ``phase``, the metric ``val`` and ``test``, the validation ``loss``, and ``bits``, the mean learned
-            width, or None where none is learned.
+        frozen: the integer model, bound to the graph or to test graphs; None for schemes without integers: "fp32", "fp16", "bi", "msfp13", and
+            "fixed-8/weights=fp32".
+        curve: for every epoch ``epoch``, ``phase``, the metric ``val`` and ``test``, the validation ``loss``, and ``bits``, the width in use: the
+            mean of learned ones, else the scheme's, which a schedule changes; None where nothing is quantized.
     """
 
     record: dict[str, Any]
@@ -122,12 +126,16 @@ class Trainer:
     ``recipe.epochs`` epochs. The best epoch is that of the best validation metric, the lowest validation loss among equals, among the quantized
     epochs whose average width is within ``recipe.bits_limit``; if there is none, that of the smallest average width.
 
+    A schedule sets the width of every quantized epoch. The width that the model is left with is that of the best epoch.
+
     A checkpoint continues a training of the same recipe and ``identity`` (data set, scheme, seed, …) only.
     """
 
     def __init__(self, model: nn.Module, task: Task, recipe: Recipe, identity: Mapping[str, Any] | None = None) -> None:
         self.model, self.task, self.recipe = model, task, recipe
         self.identity = {**(identity or {}), "recipe": asdict(recipe)}
+        quantizers = (m for m in model.modules() if isinstance(m, quant.Quantizer))
+        self.scheme = next((q.scheme for q in quantizers), quant.SCHEMES["fp32"])
         self.warmup, self.total = recipe.warmup, recipe.warmup + recipe.epochs
         self.optimizer = torch.optim.Adam(parameter_groups(model, recipe, recipe.warmup_lr))
         self.device = next(model.parameters()).device
@@ -135,8 +143,13 @@ class Trainer:
         self.teacher: Tensor | None = None
         quant.set_enabled(model, False)
 
-    def run(self, checkpoint: Path | None = None, progress: Callable[[int, int], None] | None = None) -> None:
-        """Trains to the end, from ``checkpoint`` where that exists; calls ``progress(epoch, total)`` after every epoch."""
+    def run(
+        self,
+        checkpoint: Path | None = None,
+        progress: Callable[[int, int], None] | None = None,
+        watch: Callable[[list[dict[str, Any]]], None] | None = None,
+    ) -> None:
+        """Trains to the end, from ``checkpoint`` where that exists; calls ``progress(epoch, total)`` and ``watch(curve)`` after every epoch."""
         if checkpoint is not None and checkpoint.exists():
             self._resume(checkpoint)
         written = time.monotonic()
@@ -145,6 +158,8 @@ class Trainer:
             self.progress.epoch += 1
             if progress is not None:
                 progress(self.progress.epoch, self.total)
+            if watch is not None:
+                watch(self.progress.curve)
             if checkpoint is not None and (
                 time.monotonic() - written > CHECKPOINT_SECONDS or self.progress.epoch == self.total
             ):
@@ -152,15 +167,19 @@ class Trainer:
                 written = time.monotonic()
         best = self.progress.best
         self.model.load_state_dict(best.state)
+        self._set_width(best.epoch)
         self.model.eval()
 
     def _epoch(self, epoch: int) -> None:
+        self._set_width(epoch)
         if epoch == self.warmup:
             self.end_warmup()
         self._set_rates(epoch)
-        last, steps, started = epoch == self.total - 1, 0, time.perf_counter()
+        # SDQ's widths are measured in the last epoch of each; of ADQ's, the last one needs most.
+        measured = epoch == self.total - 1 or (epoch >= self.warmup and self.bits(epoch + 1) != self.bits(epoch))
+        steps, started = 0, time.perf_counter()
         for batch in self.task.batches():
-            if last:
+            if measured:
                 peak = self._measured_step(epoch, batch)
                 self.progress.peak_memory_bytes = max(self.progress.peak_memory_bytes, peak)
             else:
@@ -168,9 +187,25 @@ class Trainer:
             steps += 1
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # the last optimizer step is still running
-        if epoch >= self.warmup and not last:
+        if epoch >= self.warmup and not measured:
             self.progress.step_ms.append((time.perf_counter() - started) * 1e3 / max(steps, 1))
         self._evaluate(epoch)
+
+    def bits(self, epoch: int) -> int | None:
+        """The scheme's width in an epoch, which follows from the curve of the epochs before; None where nothing is quantized, or widths are
+        learned."""
+        scheme, recipe = self.scheme, self.recipe
+        if epoch < self.warmup or scheme.method in ("fp32", "a2q"):
+            return None
+        if scheme.schedule is None:
+            return scheme.bits
+        losses = [row["loss"] for row in self.progress.curve[self.warmup : epoch]]
+        return scheme.schedule.width(epoch - self.warmup, recipe.epochs, losses, recipe.patience)
+
+    def _set_width(self, epoch: int) -> None:
+        bits = self.bits(epoch)
+        if self.scheme.schedule is not None and bits is not None:
+            quant.set_width(self.model, bits)
 
     def _set_rates(self, epoch: int) -> None:
         recipe = self.recipe
@@ -188,9 +223,9 @@ class Trainer:
             torch.cuda.reset_peak_memory_stats(self.device)
             self.step(epoch, batch)
             return torch.cuda.max_memory_allocated(self.device)
-        with _SavedBytes(self.model) as kept:
+        with SavedTensors(self.model) as kept:
             self.step(epoch, batch)
-        return kept.bytes
+        return kept.peak
 
     def step(self, epoch: int, batch: Any) -> None:
         """One training step on a batch of the task: forward, backward, optimizer.
@@ -250,7 +285,7 @@ class Trainer:
         warming = epoch < self.warmup
         best = progress.warm if warming else progress.best
         phase = "FP32" if warming else "quantized"
-        row = {"epoch": epoch, "phase": phase, **asdict(scores), "bits": width or None}
+        row = {"epoch": epoch, "phase": phase, **asdict(scores), "bits": width or self.bits(epoch)}
         progress.curve.append(row)
         if not (warming or excess):
             progress.test_best = max(progress.test_best, sign * scores.test)
@@ -259,8 +294,17 @@ class Trainer:
             best.state = copy.deepcopy(self.model.state_dict())
 
     def evaluate(self) -> Scores:
-        """The scores of the model as it is; :func:`qgnn.quant.average_width` then counts the widths that this pass used."""
+        """The scores of the model as it is; :func:`qgnn.quant.average_width` then counts the widths that this pass used.
+
+        Fixed-point ranges of training are of values that dropout scales up. The model keeps those of training data without dropout instead.
+        """
         quant.reset_usage(self.model)
+        if self.scheme.method == "fixed":
+            for part in self.model.modules():
+                if isinstance(part, quant.Quantizer):
+                    for limit in part.buffers():
+                        limit.fill_(torch.nan)  # the next pass sets it
+            self._evaluated(self.task.start)
         return self._evaluated(self.task.evaluate)
 
     def _check_finite(self, loss: Tensor, epoch: int, batch: Any) -> None:
@@ -327,29 +371,6 @@ def _best(state: dict[str, Any]) -> _Best:
     return _Best(**{**state, "key": None if state["key"] is None else tuple(state["key"])})
 
 
-class _SavedBytes:
-    """Bytes that autograd keeps for backward inside the ``with`` block, each storage once, parameters not counted."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._known = {p.untyped_storage().data_ptr() for p in model.parameters()}
-        self.bytes = 0
-        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
-
-    def _pack(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in self._known:
-            self._known.add(storage.data_ptr())
-            self.bytes += storage.nbytes()
-        return tensor
-
-    def __enter__(self) -> _SavedBytes:
-        self._hooks.__enter__()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._hooks.__exit__(*error)
-
-
 def train(
     dataset: Dataset | GraphDataset,
     model: str,
@@ -361,6 +382,7 @@ def train(
     device: str = "cpu",
     checkpoint: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
+    watch: Callable[[list[dict[str, Any]]], None] | None = None,
 ) -> Run:
     """Trains one model, and freezes it unless its scheme has no integers.
 
@@ -374,6 +396,7 @@ def train(
         device: "cpu" or "cuda".
         checkpoint: file to resume from and to write to.
         progress: called with (epochs done, epochs in all).
+        watch: called after every epoch with the curve so far (:attr:`Run.curve`); what it raises ends the training.
 
     Raises:
         ValueError: an unknown model or scheme, a fold that does not exist, settings that do not fit the task, or a checkpoint of other settings.
@@ -392,11 +415,20 @@ def train(
     network = build(parsed, dataset, recipe, model).to(device)
     identity = {"dataset": dataset.name, "model": model, "scheme": parsed.name, "seed": seed, "fold": fold}
     trainer = Trainer(network, task, recipe, identity)
-    trainer.run(checkpoint, progress)
+    trainer.run(checkpoint, progress, watch)
     record = {**identity, "task": dataset.task, **_record(trainer)}
-    frozen = freeze(network, task.example()) if parsed.method in ("qat", "dq", "a2q") else None
+    frozen = freeze(network, task.example()) if _has_integers(parsed) else None
     record |= _integer_record(frozen, task)
     return Run(record, network, task, frozen, trainer.progress.curve)
+
+
+def _has_integers(scheme: quant.Scheme) -> bool:
+    """Whether all that the kernels read is integers, and nothing else is rounded, as the integer model has it."""
+    if scheme.method == "fixed":
+        parts = scheme.components or quant.Components()
+        read = (parts.weights, parts.inputs, parts.messages, parts.attention)
+        return FLOAT not in read and parts.aggregation == parts.update == FLOAT
+    return scheme.method in ("qat", "dq", "a2q")
 
 
 @torch.no_grad()
@@ -432,6 +464,8 @@ def _record(trainer: Trainer) -> dict[str, Any]:
     best, progress, objective = trainer.progress.best, trainer.progress, trainer.task.objective
     trainer.evaluate()  # the widths that are used by the best epoch's model
     maps = quant.feature_maps(trainer.model, trainer.task.nodes)
+    bits = [row["bits"] for row in progress.curve[trainer.warmup :]]
+    known = trainer.scheme.method not in ("fp32", "a2q")
     return {
         "metric": objective.metric,
         "best_epoch": best.epoch - trainer.warmup,
@@ -439,6 +473,7 @@ def _record(trainer: Trainer) -> dict[str, Any]:
         "test_acc": best.test,
         "test_acc_best_over_epochs": objective.sign * max(progress.test_best, objective.sign * best.test),
         **asdict(quant.averages(maps)),
+        "widths": [[width, len(list(epochs))] for width, epochs in groupby(bits)] if known else None,
         "packed_bytes": sum(m.packed_bytes() for m in maps),
         "fp32_bytes": sum(4 * m.dim * m.nodes for m in maps),
         "train_step_ms": statistics.median(progress.step_ms) if progress.step_ms else 0.0,

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import qgnn
 from qgnn import Graph, ops
+from qgnn.memory import SavedTensors
 from qgnn.models import GCN
 from qgnn.nn import GCNConv
 
@@ -23,22 +24,10 @@ def edge_index():
 
 def kept_bytes(run, owned: list[Tensor]) -> int:
     """Bytes that autograd saves for backward during ``run``, each storage once; parameters and the graph are there anyway and do not count."""
-    known = {t.untyped_storage().data_ptr() for t in owned}
-    storages: dict[int, int] = {}
-    alive = []  # an address must not be given out again while it is counted
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            storages[storage.data_ptr()] = storage.nbytes()
-            alive.append(tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with SavedTensors(owned=owned) as kept:
         out = run()
-    total = sum(storages.values())
     out.sum().backward()
-    return total
+    return kept.peak
 
 
 def graph_tensors(graph: Graph) -> list[Tensor]:

@@ -19,7 +19,7 @@ from torch import nn
 from typer.testing import CliRunner, Result
 
 from qgnn import cli
-from qgnn.perf import bench, kernels, networks, quantizers, registry, table, timing, train_step
+from qgnn.perf import bench, kernels, networks, quantized_step, quantizers, registry, table, timing, train_step
 from qgnn.perf.__main__ import main
 from qgnn.perf.bench import Candidate, Case, ready
 from qgnn.perf.peers import on_csr
@@ -42,6 +42,9 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small shapes, one model and scheme, and nothing compiled."""
     rows = tuple(dataclasses.replace(r, shapes=SMALL.get(r.operation, (GRAPH,))) for r in registry.REGISTRY)
     monkeypatch.setattr(registry, "REGISTRY", rows)
+    monkeypatch.setattr(quantized_step, "MODELS", ("gcn",))
+    monkeypatch.setattr(quantized_step, "SCHEMES", ("fixed-8",))
+    monkeypatch.setattr(quantized_step, "HIDDEN", 16)
     monkeypatch.setattr(train_step, "MODELS", ("gcn",))
     monkeypatch.setattr(train_step, "SCHEMES", ("a2q",))
     for module in (kernels, networks):
@@ -145,6 +148,7 @@ def test_every_suite_runs_and_every_candidate_is_checked() -> None:
         ("fake_quantize_nearest", 1, {"qgnn-fake-quantize", "qgnn-separate", "qgnn-nearest"}),
         ("inference", 1, {"qgnn-by-in-degree", "qgnn-nns"}),
         ("train-step", 1, {"pyg-fp32", "qgnn"}),
+        ("quantized-step", 1, {"qgnn-fp32", "pyg-fp32", "pyg-emulated", "qgnn"}),
     ):
         found = {(record["shape"], record["candidate"]) for record in records if record["operation"] == operation}
         assert {candidate for _, candidate in found} == candidates

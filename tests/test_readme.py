@@ -40,14 +40,8 @@ def test_example_trains_and_freezes() -> None:
 
 
 def test_commands_are_shown() -> None:
-    assert {command.split()[1] for command in COMMANDS} == {
-        "train",
-        "reproduce",
-        "report",
-        "simulate",
-        "energy",
-        "info",
-    }
+    shown = "train reproduce report simulate energy memory sweep results info"
+    assert {command.split()[1] for command in COMMANDS} == set(shown.split())
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -66,6 +60,13 @@ def test_commands_run(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         trained = ["train", "--dataset", "digits", "--epochs", "2", "--out", "out/digits"]
         assert CliRunner().invoke(cli.app, trained).exit_code == 0
         arguments[-1] = str(next(Path("out/digits/models").iterdir()))
+    if arguments[0] in ("sweep", "results"):
+        grid = (
+            'datasets = ["digits"]\nmodels = ["gcn"]\nschemes = ["int8"]\nseeds = 1\n[recipe]\nwarmup = 1\nepochs = 1\n'
+        )
+        Path("grid.toml").write_text(grid)
+    if arguments[0] == "results":
+        assert CliRunner().invoke(cli.app, ["sweep", "grid.toml", "--out", arguments[1]]).exit_code == 0
     if arguments[0] == "train":
         arguments[arguments.index("--dataset") + 1] = "digits"
         arguments[arguments.index("--seeds") + 1] = "1"

@@ -245,7 +245,7 @@ def test_command_helps_with_an_example() -> None:
         (["no/such/folder"], "there is no folder no/such/folder; qgnn train --out DIR fills one"),
         (["empty"], "empty has no results.jsonl with a finished run; qgnn train --out empty writes it"),
         (["copy", "--out", "no/such/page.html"], "the folder does not exist; make it first"),
-        (["copy", "--out", "empty"], "empty cannot be written"),
+        (["copy", "--out", "empty"], "--out empty is a folder; name a file"),
         (["copy", "--json", "no/such/table.json"], "the folder does not exist; make it first"),
     ],
 )

@@ -11,7 +11,7 @@ from torch_geometric.data import Data
 
 from qgnn import data, freeze, quant, tasks, train, use_backend
 from qgnn.models import GCN
-from qgnn.recipes import Recipe, recipe_for
+from qgnn.recipes import RECIPES, Recipe, recipe_for
 
 DIGITS = data.load("digits")
 
@@ -52,6 +52,46 @@ def test_every_scheme_learns_and_reports(scheme: str) -> None:
         report = freeze(run.model, run.data).report
         assert report.mismatched_predictions <= report.ties
         assert report.packed_bytes == record["packed_bytes"]
+
+
+@pytest.mark.parametrize("scheme", ["fixed-8", "fixed-8/rounding=stochastic", "msfp13"])
+def test_quantized_training_needs_no_warm_up(scheme: str) -> None:
+    run = train.train(DIGITS, "gcn", scheme, 0, recipe=sized(scheme, 60, 16))
+    bits = quant.parse(scheme).bits
+    assert {row["phase"] for row in run.curve} == {"quantized"} and {row["bits"] for row in run.curve} == {bits}
+    assert run.record["widths"] == [[bits, 60]]
+    assert run.record["test_acc"] > 60, "ten classes: chance is 10 %"
+    assert run.record["packed_bytes"] < run.record["fp32_bytes"]
+    assert (run.frozen is None) == scheme.startswith("msfp"), "a floating-point format has no integers"
+    if run.frozen is not None:
+        assert run.record["integer_mismatches"] <= run.record["integer_ties"]
+        assert run.record["integer_test_acc"] == pytest.approx(run.record["test_acc"], abs=0.2)
+
+
+@pytest.mark.parametrize("options", ["weights=fp32", "messages=fp32", "aggregation=8", "update=6"])
+def test_what_is_not_integers_alone_is_not_frozen(options: str) -> None:
+    run = train.train(DIGITS, "gcn", f"fixed-8/{options}", 0, recipe=sized("fixed-8", 2, 8))
+    assert run.frozen is None and run.record["integer_test_acc"] is None
+
+
+def test_ranges_of_a_trained_model_are_those_without_dropout() -> None:
+    """What dropout of one half keeps it doubles: a range of training would waste one of the 4 bits."""
+    run = train.train(DIGITS, "gcn", "fixed-4", 0, recipe=sized("fixed-4", 5, 16, {"dropout": "0.5"}))
+    first, second = run.model.convs
+    with torch.no_grad():
+        hidden = torch.relu(first(run.data.x, run.data.edge_index))
+    assert first.quantizer.top == run.data.x.max() and second.quantizer.top == hidden.max()
+
+
+def test_fp32_runs_the_recipe_of_quantized_training() -> None:
+    """With --set, so that a comparison is of the quantization alone."""
+    rows = [key for key in RECIPES if key[1] == "fp32"]
+    assert rows
+    for model, _, place in rows:
+        fp32, fixed, msfp = (RECIPES[model, method, place] for method in ("fp32", "fixed", "msfp"))
+        assert fixed == msfp and (fixed.warmup, fixed.distill) == (0, 0)
+        names = ("warmup", "epochs", "dropout", "lr", "distill")
+        assert fp32.changed(settings={name: str(getattr(fixed, name)) for name in names}) == fixed
 
 
 def test_record_is_of_the_best_epoch() -> None:
@@ -111,7 +151,7 @@ def graph_recipe(scheme: str, dataset: data.GraphDataset, **changes: object) -> 
     return dataclasses.replace(recipe, **{"warmup": 2, "epochs": 2, "hidden": 8, "layers": 2, "batch": 16, **changes})
 
 
-@pytest.mark.parametrize("scheme", ["fp32", "dq-int8", "a2q-nns"])
+@pytest.mark.parametrize("scheme", ["fp32", "dq-int8", "a2q-nns", "fixed-8"])
 def test_graphs_are_classified_in_folds(scheme: str, superpixels: data.GraphDataset) -> None:
     recipe = graph_recipe(scheme, superpixels)
     runs = [train.train(superpixels, "gin", scheme, 0, fold=fold, recipe=recipe) for fold in (0, 0, 1)]
@@ -154,7 +194,7 @@ def test_graph_classification_learns(scheme: str) -> None:
     assert train.train(dataset, "gin", scheme, 0, recipe=recipe).record["test_acc"] >= 80, "chance is 50 %"
 
 
-@pytest.mark.parametrize("scheme", ["dq-int4", "a2q-nns"])
+@pytest.mark.parametrize("scheme", ["dq-int4", "a2q-nns", "sdq:8,4/rounding=stochastic"])
 @pytest.mark.parametrize("stop_after", [1, 3], ids=["in the warm-up", "quantized"])
 def test_resumed_training_on_graphs_is_the_same_training(
     tmp_path: Path, scheme: str, stop_after: int, superpixels: data.GraphDataset, monkeypatch: pytest.MonkeyPatch

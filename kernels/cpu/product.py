@@ -17,8 +17,8 @@ from numba.extending import intrinsic
 from numba.np import arrayobj
 from torch import Tensor
 
-from ..packing import uniform_counts, unpack_reference
-from .common import Array, inlined
+from ..packing import row_bytes, uniform_counts, unpack_reference
+from .common import Array, array, inlined
 from .epilogue import load_block
 from .gather import WORD, _as_words, _blocks, _interleave, _pointer, _splat
 
@@ -51,9 +51,13 @@ def _dot(builder: Any, native: bool, acc: Any, x: Any, w: Any) -> Any:
 
 
 def _lay(w: Tensor, container: int, columns: int, features: int) -> tuple[Array, Array]:
-    codes = unpack_reference(w, None, uniform_counts(columns, container), features, True)
     padded = np.zeros((-(-columns // LANES) * LANES, -(-features // 4) * 4), np.int8)
-    padded[:columns, :features] = codes.numpy()
+    if container == 8:  # a byte is a code: weights that are trained come anew in every step
+        stride = row_bytes(8, features)
+        rows = array(w)[: columns * stride].reshape(columns, stride)[:, :features]
+        padded[:columns, :features] = rows.view(np.int8)
+    else:
+        padded[:columns, :features] = unpack_reference(w, None, uniform_counts(columns, container), features, True)
     return np.ascontiguousarray(padded.view(np.int32).T), padded.sum(1, dtype=np.int32)
 
 

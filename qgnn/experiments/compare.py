@@ -5,12 +5,15 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
+from .. import quant
 from ..results import summary
 from ..trace import write_whole
+from . import densities
 from .reproduce import Plan
 from .store import Key
 from .table import Table
@@ -18,6 +21,10 @@ from .table import Table
 HEADER = (
     *("row", "scheme", "printed", "at best validation", "best over epochs"),
     *("bits printed", "bits", "compression printed", "compression", "seeds"),
+)
+DENSITY_HEADER = (
+    *("row", "scheme", "at best validation", "best over epochs", "memory density printed", "memory density"),
+    *("arithmetic density printed", "arithmetic density", "seeds"),
 )
 MEASURES = ("test_acc", "test_acc_best_over_epochs", "average_bits", "compression")
 
@@ -48,6 +55,21 @@ def compare(plan: Plan, finished: Mapping[Key, dict[str, Any]]) -> dict[str, Any
     }
 
 
+def _densities(plan: Plan, finished: Mapping[Key, dict[str, Any]]) -> dict[str, float | None]:
+    """Printed densities, and ours: means over the runs."""
+    names = ("memory_density", "arithmetic_density")
+    runs = [densities.of_record(record) for record in plan.records(finished)]
+    means: dict[str, float | None] = {}
+    for name in names:
+        known = [value for run in runs if (value := run[name]) is not None]
+        means[name] = fmean(known) if known and len(known) == len(runs) else None
+    if plan.row.scheme is not None:
+        shown = [densities.printed(quant.parse(plan.row.scheme), kind) for kind in ("memory", "arithmetic")]
+    else:
+        shown = list(plan.row.densities or (None, None))
+    return {f"printed_{name}": value for name, value in zip(names, shown, strict=True)} | means
+
+
 def _finite(value: Any) -> float | None:
     return None if value is None or not math.isfinite(value) else float(value)
 
@@ -72,6 +94,15 @@ def _cells(entry: Mapping[str, Any]) -> tuple[str, ...]:
         *(_text(entry, "printed_bits", "g"), _text(entry, "average_bits", ".2f")),
         *(_text(entry, "printed_compression", "g"), _text(entry, "compression", ".1f"), _seeds(entry)),
     )
+
+
+def _density_cells(entry: Mapping[str, Any]) -> tuple[str, ...]:
+    """What stands under :data:`DENSITY_HEADER`."""
+    best = _text(entry, "test_acc", ".2f") if entry["runs"] else entry["state"]
+    names = ("memory_density", "arithmetic_density")
+    densities = (_text(entry, f"{before}{name}", ".3g") for name in names for before in ("printed_", ""))
+    over = _text(entry, "test_acc_best_over_epochs", ".2f")
+    return entry["row"], entry["scheme"] or "", best, over, *densities, _seeds(entry)
 
 
 def _text(entry: Mapping[str, Any], name: str, form: str) -> str:
@@ -106,6 +137,8 @@ def _remarks(plans: list[Plan]) -> list[str]:
 def write(table: Table, plans: list[Plan], finished: Mapping[Key, dict[str, Any]], out: Path) -> list[dict[str, Any]]:
     """Writes ``out/TABLE.md`` and ``out/TABLE.csv``, each whole or not at all, and returns their rows as :func:`compare` gives them."""
     entries = [compare(plan, finished) for plan in plans]
+    if table.kind == "density":
+        entries = [entry | _densities(plan, finished) for plan, entry in zip(plans, entries, strict=True)]
     write_whole(out / f"{table.name}.md", markdown(table, plans, entries))
     text = io.StringIO()
     writer = csv.DictWriter(text, list(entries[0]), lineterminator="\n")
@@ -117,23 +150,24 @@ def write(table: Table, plans: list[Plan], finished: Mapping[Key, dict[str, Any]
 
 def markdown(table: Table, plans: list[Plan], entries: list[dict[str, Any]]) -> str:
     """The table as Markdown that reads well as plain text, too."""
-    rows = [HEADER, *map(_cells, entries)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(HEADER))]
-    align = [str.ljust, str.ljust, *[str.rjust] * (len(HEADER) - 2)]
-    head, *body = (
-        f"| {' | '.join(pad(text, width) for pad, text, width in zip(align, row, widths, strict=True))} |"
-        for row in rows
-    )
-    rule = "|".join(
-        "-" * (width + 2) if pad is str.ljust else "-" * (width + 1) + ":"
-        for pad, width in zip(align, widths, strict=True)
+    shown = (
+        [DENSITY_HEADER, *map(_density_cells, entries)] if table.kind == "density" else [HEADER, *map(_cells, entries)]
     )
     notes = "".join(f"- {remark}\n" for remark in _remarks(plans))
     return (
         f"# {table.title}\n\nPrinted: {table.source}.\n"
         "Ours: mean ± sample standard deviation over all runs, at the epoch of the best validation. Best over epochs is the papers' protocol,\n"
-        "which looks at the test set.\n\n"
-        + "\n".join([head, f"|{rule}|", *body])
-        + "\n"
-        + (f"\n{notes}" if notes else "")
+        "which looks at the test set.\n\n" + "\n".join(aligned(shown, left=2)) + "\n" + (f"\n{notes}" if notes else "")
     )
+
+
+def aligned(rows: Sequence[Sequence[str]], left: int) -> list[str]:
+    """The lines of a Markdown table; the first row is its head, and the first ``left`` columns are text."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    align = [str.ljust if i < left else str.rjust for i in range(len(widths))]
+    head, *body = (
+        f"| {' | '.join(pad(text, width) for pad, text, width in zip(align, row, widths, strict=True))} |"
+        for row in rows
+    )
+    rule = "|".join("-" * (width + 2) if i < left else "-" * (width + 1) + ":" for i, width in enumerate(widths))
+    return [head, f"|{rule}|", *body]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +16,7 @@ from ..recipes import recipe_for
 from ..tasks import fold_count
 from .store import Cell, Key, Store
 from .table import Row, Table
-from .workers import Setup, outcomes
+from .workers import Failure, Setup, outcomes
 
 
 @dataclass
@@ -101,12 +102,12 @@ def train(
     waiting = [cell for key, cell in every.items() if key not in finished]
     before = len(every) - len(waiting)
     jobs = max(1, min(jobs, len(waiting)))
-    setup = Setup(store.out, root, device, max(1, torch.get_num_threads() // jobs))
-    for cell, outcome in outcomes(waiting, jobs, setup, lambda done: progress(before + done, len(every))):
-        if isinstance(outcome, str):
+    setup = Setup(store, root, device, max(1, torch.get_num_threads() // jobs))
+    for cell, outcome in outcomes(deque(waiting), jobs, setup, lambda done: progress(before + done, len(every))):
+        if isinstance(outcome, Failure):
             for p in plans:
                 if cell in p.cells:
-                    p.failed.append(f"{cell}: {outcome}")
+                    p.failed.append(f"{cell}: {outcome.reason}")
         else:
             store.keep(cell, outcome)
             finished[cell.key] = outcome

@@ -1,6 +1,7 @@
 """Tables of experiments: TOML files with one row for each figure that a paper prints.
 
-A file has ``title``, ``source`` and ``rows``. The fields of a row:
+A file has ``title``, ``source``, ``rows`` and ``kind``: "accuracy" (the default), "density" for densities beside it, or "memory", whose rows are
+measured and not trained (``qgnn memory``). The fields of a row:
 
 ==================  =============================================================================================================
 field               meaning
@@ -11,6 +12,8 @@ scheme              likewise; without it the row is printed only, and ``note`` s
 metric              "accuracy" (the default), "mae", "hits@50", "f1", "ap" or "rocauc"
 printed             [value, deviation] as the paper prints them: percent, or the error itself for "mae"
 bits, compression   average bits and compression of the feature maps, as printed
+ram                 peak RAM in MB, as printed
+densities           [memory, arithmetic] density, as printed
 recipe              numbers of the recipe (:class:`qgnn.recipes.Recipe`) that the row changes
 note                a sentence for the reader
 ==================  =============================================================================================================
@@ -31,8 +34,18 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-NAMES = (*(f"a2q-{n}" for n in (1, 2, 3, *range(8, 17))), *(f"dq-{n}" for n in (1, 2, 3, 9)), "tu")
-"""The tables that come with the package: those of A²Q and of Degree-Quant, by the papers' numbers, and GIN on small TUDatasets."""
+NAMES = (
+    *(f"a2q-{n}" for n in (1, 2, 3, *range(8, 17))),
+    *(f"dq-{n}" for n in (1, 2, 3, 9)),
+    "tu",
+    "qt-ram",
+    "qt-density",
+    "qt-accuracy",
+)
+"""The tables that come with the package: those of A²Q and of Degree-Quant, by the papers' numbers, GIN on small TUDatasets, and Bqain's of quantized
+training."""
+
+KINDS = ("accuracy", "density", "memory")
 
 METRICS = ("accuracy", "mae", "hits@50", "f1", "ap", "rocauc")
 
@@ -49,14 +62,20 @@ class Row:
     printed: tuple[float, float] | None = None
     bits: float | None = None
     compression: float | None = None
+    ram: float | None = None
+    densities: tuple[float, float] | None = None
     recipe: Mapping[str, int | float | str] = field(default_factory=dict)
     note: str = ""
 
     def __post_init__(self) -> None:
         texts = (self.id, self.dataset, self.model, "" if self.scheme is None else self.scheme, self.note)
-        numbers = [n for n in (self.bits, self.compression, *(self.printed or ())) if n is not None]
+        numbers = [
+            n
+            for n in (self.bits, self.compression, self.ram, *(self.printed or ()), *(self.densities or ()))
+            if n is not None
+        ]
         if not all(isinstance(t, str) for t in texts) or not all(isinstance(n, int | float) for n in numbers):
-            raise ValueError("names are strings, and printed, bits and compression numbers")
+            raise ValueError("names are strings, and printed, bits, compression, ram and densities numbers")
         if self.metric not in METRICS:
             raise ValueError(f"metric is {self.metric!r}; choose one of {', '.join(METRICS)}")
         if self.scheme is None and not self.note:
@@ -73,6 +92,7 @@ class Table:
     title: str
     source: str
     rows: tuple[Row, ...]
+    kind: str = "accuracy"
 
     def select(self, patterns: list[str]) -> tuple[Row, ...]:
         """The rows whose ids match one of the patterns, such as ``gcn-*``; all rows without a pattern.
@@ -107,20 +127,32 @@ def load(table: str) -> Table:
 
 def parse(name: str, text: str) -> Table:
     """The table of a file's text."""
-    try:
-        content = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"table {name} is no TOML: {error}") from error
+    content = toml(f"table {name}", text)
     entries = content.get("rows")
     if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
         raise ValueError(f'table {name} has no rows; write rows = [{{ id = "...", dataset = "...", ... }}, ...]')
-    if unknown := set(content) - {"title", "source", "rows"}:
+    if unknown := set(content) - {"title", "source", "rows", "kind"}:
         raise ValueError(f"table {name} has unknown fields {', '.join(sorted(unknown))}")
     rows = tuple(_row(name, number, entry) for number, entry in enumerate(entries, 1))
     ids = [row.id for row in rows]
     if twice := {i for i in ids if ids.count(i) > 1}:
         raise ValueError(f"table {name} has more than one row {', '.join(sorted(twice))}")
-    return Table(name, str(content.get("title", name)), str(content.get("source", "")), rows)
+    kind = content.get("kind", KINDS[0])
+    if kind not in KINDS:
+        raise ValueError(f"table {name} has kind {kind!r}; choose one of {', '.join(KINDS)}")
+    return Table(name, str(content.get("title", name)), str(content.get("source", "")), rows, kind)
+
+
+def toml(what: str, text: str) -> dict[str, Any]:
+    """What a TOML text holds.
+
+    Raises:
+        ValueError: it is no TOML.
+    """
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{what} is no TOML: {error}") from error
 
 
 def _row(table: str, number: int, entry: dict[str, Any]) -> Row:
@@ -129,10 +161,13 @@ def _row(table: str, number: int, entry: dict[str, Any]) -> Row:
         raise ValueError(f"{where}: unknown fields {', '.join(sorted(unknown))}")
     if missing := {"id", "dataset", "model"} - set(entry):
         raise ValueError(f"{where}: {', '.join(sorted(missing))} missing")
-    printed = entry.get("printed")
-    if printed is not None and not (isinstance(printed, list) and len(printed) == 2):
-        raise ValueError(f"{where}: printed is [value, deviation]")
+    pairs = {"printed": "[value, deviation]", "densities": "[memory, arithmetic]"}
+    for field_name, form in pairs.items():
+        pair = entry.get(field_name)
+        if pair is not None and not (isinstance(pair, list) and len(pair) == 2):
+            raise ValueError(f"{where}: {field_name} is {form}")
     try:
-        return Row(**{**entry, "printed": None if printed is None else (printed[0], printed[1])})
+        values: dict[str, Any] = {name: tuple(value) if name in pairs else value for name, value in entry.items()}
+        return Row(**values)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error

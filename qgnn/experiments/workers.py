@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
@@ -15,22 +15,34 @@ from multiprocessing import connection, get_context, parent_process
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from ..data import load
 from ..train import TrainingError
-from .store import Cell, Store, run
+from .store import Cell, Folder, Pruned, run
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Setup:
-    """What every process is told: the folder of the runs, that of the data sets, the device, and how many threads torch may use."""
+class Failure:
+    """Why a cell has no record: it "diverged" (the loss is not finite), was "pruned" by its search, ran "out of memory", its process was "killed" or
+    "crashed", or it "failed" with another error; and a sentence with the details."""
 
-    out: Path
+    status: Literal["diverged", "pruned", "out of memory", "killed", "crashed", "failed"]
+    reason: str
+
+
+Outcome = dict[str, Any] | Failure
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What every process is told: where the runs are kept, the folder of the data sets, the device, and how many threads torch may use."""
+
+    store: Folder
     root: Path | None
     device: str
     threads: int
@@ -45,14 +57,15 @@ class _Worker:
 
 
 def outcomes(
-    cells: Iterable[Cell], jobs: int, setup: Setup, progress: Callable[[float], None]
-) -> Iterator[tuple[Cell, dict[str, Any] | str]]:
-    """Trains the cells in ``jobs`` processes; yields each, when it ends, with its record or with a sentence that says why it failed.
+    waiting: deque[Cell], jobs: int, setup: Setup, progress: Callable[[float], None]
+) -> Generator[tuple[Cell, Outcome]]:
+    """Trains the cells in ``jobs`` processes; yields each, when it ends, with its record or with why it has none.
 
     Args:
+        waiting: the cells; those that are added when one has ended are trained, too.
         progress: called with the number of cells done; those under way count in part.
     """
-    waiting, busy, ended = deque(cells), dict[Connection, _Worker](), 0
+    busy, ended = dict[Connection, _Worker](), 0
     try:
         while waiting and len(busy) < jobs:
             _start(waiting.popleft(), setup, busy)
@@ -65,7 +78,9 @@ def outcomes(
                 else:
                     worker.share, ended = 0.0, ended + 1
                     yield worker.cell, message
-                    _next(worker, waiting, setup, busy)
+                    _next(worker, waiting, busy)
+                    while waiting and len(busy) < jobs:
+                        _start(waiting.popleft(), setup, busy)
                 progress(ended + sum(w.share for w in busy.values()))
     finally:
         for worker in busy.values():
@@ -92,19 +107,21 @@ def _send(worker: _Worker) -> None:
         worker.link.send(worker.cell)
 
 
-def _receive(worker: _Worker) -> float | dict[str, Any] | str:
-    """The next message: a share of the epochs, a record, or a sentence about a failure."""
+def _receive(worker: _Worker) -> float | Outcome:
+    """The next message: a share of the epochs, a record, or a failure."""
     try:
         return worker.link.recv()
     except (EOFError, OSError):
         worker.process.join()
         code = worker.process.exitcode or 0
+        if code == -signal.SIGKILL:
+            return Failure("killed", "its process ended with signal SIGKILL (which mostly means that memory ran out)")
         reason = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-        return f"its process ended with {reason} (SIGKILL mostly means that memory ran out)"
+        return Failure("crashed", f"its process ended with {reason}")
 
 
-def _next(worker: _Worker, waiting: deque[Cell], setup: Setup, busy: dict[Connection, _Worker]) -> None:
-    """Gives a worker, or one in the place of a crashed one, the next cell; sends it home if there is none."""
+def _next(worker: _Worker, waiting: deque[Cell], busy: dict[Connection, _Worker]) -> None:
+    """Gives a worker the next cell; sends it home if there is none, or if it has crashed."""
     alive = worker.process.is_alive()
     if alive and waiting:
         worker.cell = waiting.popleft()
@@ -113,8 +130,6 @@ def _next(worker: _Worker, waiting: deque[Cell], setup: Setup, busy: dict[Connec
     del busy[worker.link]
     worker.link.close()
     worker.process.join()
-    if waiting:
-        _start(waiting.popleft(), setup, busy)
 
 
 # In the process
@@ -124,22 +139,30 @@ _loaded = lru_cache(maxsize=1)(load)  # cells come row by row, so the next one m
 
 def _work(link: Connection, setup: Setup) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    torch.set_num_threads(setup.threads)
     with suppress(EOFError):  # raised when there is no more to do
         while True:
             cell = link.recv()
-            link.send(_outcome(cell, setup, link))
+            link.send(outcome(cell, setup, lambda n, total: link.send(n / total)))
 
 
-def _outcome(cell: Cell, setup: Setup, link: Connection) -> dict[str, Any] | str:
+def outcome(cell: Cell, setup: Setup, progress: Callable[[int, int], None] | None = None) -> Outcome:
+    """Trains a cell in this process."""
+    torch.set_num_threads(setup.threads)
     try:
-        dataset = _loaded(cell.dataset, setup.root)
-        return run(cell, dataset, Store(setup.out), setup.device, lambda n, total: link.send(n / total)).record
-    except (TrainingError, ValueError, OSError) as error:
-        return str(error)
+        return run(cell, _loaded(cell.dataset, setup.root), setup.store, setup.device, progress).record
+    except TrainingError as error:
+        return Failure("diverged", str(error))
+    except Pruned as error:
+        return Failure("pruned", str(error))
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        return Failure("out of memory", str(error) or type(error).__name__)
+    except (ValueError, OSError) as error:
+        return Failure("failed", str(error))
     except Exception as error:  # an error of ours costs one cell, too
+        if "can't allocate memory" in str(error):  # torch's allocator on a CPU has no class of its own for it
+            return Failure("out of memory", str(error))
         _log.exception("%s", cell)
-        return f"{type(error).__name__}: {error}"
+        return Failure("failed", f"{type(error).__name__}: {error}")
 
 
 def _end_with_parent() -> None:

@@ -6,10 +6,10 @@ import torch_geometric.nn as pyg
 from torch import Tensor, nn
 from torch_geometric import EdgeIndex
 
-from .. import ops
 from ..features import SparseFeatures
 from ..graph import Graph
 from ..quant import ColumnQuantizer, FeatureMap
+from ..quant.base import finished, summed
 from .linear import Linear
 
 Features = Tensor | SparseFeatures
@@ -130,10 +130,26 @@ def dense(x: Features) -> Tensor:
     return x.to_dense() if isinstance(x, SparseFeatures) else x
 
 
-def aggregated(graph: Graph, h: Tensor, quantizer: ColumnQuantizer | None, reduce: str) -> tuple[Tensor, Tensor]:
-    """The reduction of the quantized operand over the in-edges of every node, and that operand."""
-    operand: Tensor = h if quantizer is None else quantizer(h)
-    return ops.aggregate_csr(graph, operand, None, reduce), operand
+def aggregated(
+    quantizer: ColumnQuantizer | None,
+    graph: Graph,
+    h: Tensor,
+    weight: Tensor | None = None,
+    reduce: str = "sum",
+    *,
+    scale: Tensor | None = None,
+    own: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """:meth:`qgnn.quant.ColumnQuantizer.aggregate`, also where nothing is quantized."""
+    if quantizer is None:
+        return finished(summed(graph, h, weight, reduce, own), scale, bias)
+    return quantizer.aggregate(graph, h, weight, reduce, scale=scale, own=own, bias=bias)
+
+
+def updated(quantizer: ColumnQuantizer | None, out: Tensor) -> Tensor:
+    """The output of a layer, as its scheme hands it on."""
+    return out if quantizer is None else quantizer.update(out)
 
 
 def reset(module: nn.Module) -> None:

@@ -11,8 +11,18 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..graph import Graph
-from ..quant import FeatureMap, Scheme, begin, column_quantizer, parse
-from .conv import Features, QuantizedConv, both_sides, check_features, check_message_passing, graph_of, operand_map
+from ..quant import ColumnQuantizer, FeatureMap, Scheme, begin, column_quantizer, parse
+from ..quant.saved import packs
+from .conv import (
+    Features,
+    QuantizedConv,
+    both_sides,
+    check_features,
+    check_message_passing,
+    graph_of,
+    operand_map,
+    updated,
+)
 from .linear import Linear, check_channels
 
 
@@ -93,6 +103,7 @@ class GATConv(QuantizedConv, pyg.GATConv):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
+    @packs
     def forward(
         self,
         x: Features | tuple[Features, Features | None],
@@ -123,10 +134,13 @@ class GATConv(QuantizedConv, pyg.GATConv):
             scale = F.dropout(src.new_ones(graph.num_edges, self.heads), self.dropout)
         heads = h_source.view(-1, self.heads, self.out_channels)
         out = ops.gat_aggregate_csr(graph, heads, src, dst, edge_score, scale, self.negative_slope)
-        out = out.flatten(1) if self.concat else out.mean(1)
+        out = out.flatten(1)
+        if self.operand_quantizer is not None:
+            out = self.operand_quantizer.attended(out)
+        out = out if self.concat else out.view(-1, self.heads, self.out_channels).mean(1)
         if self.res is not None and target is not None:
             out = out + self.res(target)
-        out = out if self.bias is None else out + self.bias
+        out = updated(self.operand_quantizer, out if self.bias is None else out + self.bias)
         if return_attention_weights is None:
             return out
         return out, self._attention(graph, src, dst, edge_score)
@@ -134,10 +148,11 @@ class GATConv(QuantizedConv, pyg.GATConv):
     def _operand(self, h: Tensor) -> Tensor:
         return h if self.operand_quantizer is None else self.operand_quantizer(h)
 
-    def _scores(self, h: Tensor, vector: Tensor, quantizer: nn.Module | None) -> Tensor:
+    def _scores(self, h: Tensor, vector: Tensor, quantizer: ColumnQuantizer | None) -> Tensor:
         """``[N, heads]``: the part of the score that a node brings along."""
         a = vector[0] if quantizer is None else quantizer(vector[0].t()).t()
-        return (h.view(-1, self.heads, self.out_channels) * a).sum(-1)
+        scores = (h.view(-1, self.heads, self.out_channels) * a).sum(-1)
+        return scores if quantizer is None else quantizer.scores(scores)
 
     def _edge_scores(self, base: Graph, graph: Graph, edge_attr: Tensor) -> Tensor:
         """``[E, heads]`` in the order of ``graph``; self loops get ``fill_value``, by default the mean over the node's other edges."""

@@ -6,12 +6,20 @@ import torch
 import torch_geometric.nn as pyg
 from torch import Tensor, nn
 
-from .. import ops
 from ..features import SparseFeatures
 from ..graph import Graph
 from ..quant import FeatureMap, Scheme, begin, column_quantizer, layer_quantizer, parse
-from .conv import QuantizedConv, check_features, check_message_passing, edges_of, operand_map
-from .linear import Linear, check_channels
+from ..quant.saved import packs
+from .conv import (
+    QuantizedConv,
+    aggregated,
+    check_features,
+    check_message_passing,
+    edges_of,
+    operand_map,
+    updated,
+)
+from .linear import Linear, check_channels, product
 
 
 class GCNConv(QuantizedConv, pyg.GCNConv):
@@ -83,6 +91,7 @@ class GCNConv(QuantizedConv, pyg.GCNConv):
         factor = degree.clamp_min(torch.finfo(weight.dtype).tiny).rsqrt()
         return graph, torch.where(degree > 0, factor, torch.zeros_like(factor)), weight
 
+    @packs
     def forward(
         self, x: Tensor | SparseFeatures, edge_index: Tensor | Graph, edge_weight: Tensor | None = None
     ) -> Tensor:
@@ -92,16 +101,9 @@ class GCNConv(QuantizedConv, pyg.GCNConv):
         if graph.device != x.device:
             raise ValueError(f"x is on {x.device} and the graph on {graph.device}; move one with .to()")
         begin(self, base)
-        h = x @ self.lin.weight.t() if self.quantizer is None else self.quantizer.linear(x, self.lin.weight)
-        if factor is not None:
-            factor = factor.to(h.dtype)
-            h = h * factor.unsqueeze(1)
-        if self.operand_quantizer is not None:
-            h = self.operand_quantizer(h)
-        out = ops.aggregate_csr(graph, h, weight)
-        if factor is not None:
-            out = out * factor.unsqueeze(1)
-        return out if self.bias is None else out + self.bias
+        h = product(self.quantizer, x, self.lin.weight, factor)
+        out = aggregated(self.operand_quantizer, graph, h, weight, scale=factor, bias=self.bias)
+        return updated(self.operand_quantizer, out)
 
     def feature_maps(self, name: str, nodes: int) -> list[FeatureMap]:
         """The maps of this layer, for :func:`qgnn.quant.feature_maps`."""

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from ..graph import Graph
 from ..quant import FeatureMap, Scheme, begin, column_quantizer, feature_maps, parse
+from ..quant.base import finished
+from ..quant.saved import packs
 from .conv import (
     Features,
     QuantizedConv,
@@ -22,6 +24,7 @@ from .conv import (
     narrows,
     operand_map,
     reset,
+    updated,
 )
 from .linear import Linear
 
@@ -75,6 +78,7 @@ class GINConv(QuantizedConv, pyg.GINConv):
         reset(self.nn)
         torch.nn.init.constant_(self.eps, self.initial_eps)
 
+    @packs
     def forward(
         self,
         x: Features | tuple[Features, Features | None],
@@ -85,22 +89,22 @@ class GINConv(QuantizedConv, pyg.GINConv):
         check_features("x", source, self.in_channels)
         graph = graph_of(edge_index, sizes, source)
         begin(self, graph)
+        own, other = 1 + self.eps, None if target is source else target
+        # one map is one tensor in memory: what a node adds of its own is what its neighbours read
+        shared = own if target is source else None
         if not self.first:
-            out, operand = aggregated(graph, dense(source), self.operand_quantizer, self.reduce)
-            if target is not None:
-                # one map is one tensor in memory: what a node adds of its own is what its neighbours read
-                out = out + (1 + self.eps) * (operand if target is source else dense(target))
-            return self.nn(out)
+            out = aggregated(self.operand_quantizer, graph, dense(source), reduce=self.reduce, own=shared)
+            out = self.nn(out if other is None else out + own * dense(other))
+            return updated(self.operand_quantizer, out)
         linear = leading_linear(self.nn)
         assert linear is not None, "as __init__ found it"
-        out, operand = aggregated(graph, linear.product(source), self.operand_quantizer, self.reduce)
-        if target is not None:
-            out = out + (1 + self.eps) * (operand if target is source else linear.product(target))
-        if linear.bias is not None:
-            out = out + linear.bias
+        h, bias = linear.product(source), linear.bias if other is None else None
+        out = aggregated(self.operand_quantizer, graph, h, reduce=self.reduce, own=shared, bias=bias)
+        if other is not None:
+            out = finished(out + own * linear.product(other), None, linear.bias)
         for layer in list(self.nn)[1:] if isinstance(self.nn, nn.Sequential) else []:
             out = layer(out)
-        return out
+        return updated(self.operand_quantizer, out)
 
     def feature_maps(self, name: str, nodes: int) -> list[FeatureMap]:
         """The maps of this layer, for :func:`qgnn.quant.feature_maps`."""

@@ -9,7 +9,9 @@ import torch_geometric.nn as pyg
 from torch import Tensor, nn
 
 from ..features import SparseFeatures
-from ..quant import FeatureMap, Scheme, layer_quantizer, parse
+from ..quant import FeatureMap, LayerQuantizer, Scheme, layer_quantizer, parse
+from ..quant.base import finished
+from ..quant.saved import packs
 
 INITIALIZERS = ("glorot", "uniform", "kaiming_uniform", "zeros")
 
@@ -33,6 +35,19 @@ def check_channels(in_channels: int, out_channels: int) -> None:
         raise ValueError(
             f"in_channels and out_channels must be at least 1, got {in_channels} and {out_channels}; lazy sizes (-1) cannot be quantized"
         )
+
+
+def product(
+    quantizer: LayerQuantizer | None,
+    x: Tensor | SparseFeatures,
+    weight: Tensor,
+    scale: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """:meth:`qgnn.quant.LayerQuantizer.project`, also where nothing is quantized."""
+    if quantizer is None:
+        return finished(x @ weight.t(), scale, bias)
+    return quantizer.project(x, weight, scale, bias)
 
 
 class Linear(pyg.Linear, nn.Linear):
@@ -78,15 +93,15 @@ class Linear(pyg.Linear, nn.Linear):
         if self.bias is not None:
             _initialize(self.bias, self.bias_initializer, self.in_channels, "uniform")
 
+    @packs
     def forward(self, x: Tensor | SparseFeatures) -> Tensor:
-        out = self.product(x)
-        return out if self.bias is None else out + self.bias
+        return self.product(x, self.bias)
 
-    def product(self, x: Tensor | SparseFeatures) -> Tensor:
-        """``x @ weight.T`` without the bias, which a convolution adds after its sum."""
+    def product(self, x: Tensor | SparseFeatures, bias: Tensor | None = None) -> Tensor:
+        """``x @ weight.T + bias``; a convolution that adds its bias after its sum leaves it out."""
         if isinstance(x, Tensor) and x.dim() != 2:
-            return self.product(x.reshape(-1, x.size(-1))).view(*x.shape[:-1], self.out_channels)
-        return x @ self.weight.t() if self.quantizer is None else self.quantizer.linear(x, self.weight)
+            return self.product(x.reshape(-1, x.size(-1)), bias).view(*x.shape[:-1], self.out_channels)
+        return product(self.quantizer, x, self.weight, bias=bias)
 
     def feature_maps(self, name: str, nodes: int) -> list[FeatureMap]:
         """The maps of this layer, for :func:`qgnn.quant.feature_maps`."""

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..graph import Graph
 from ..quant import FeatureMap, Scheme, begin, column_quantizer, parse
+from ..quant.saved import packs
 from .conv import (
     Features,
     QuantizedConv,
@@ -21,6 +22,7 @@ from .conv import (
     graph_of,
     narrows,
     operand_map,
+    updated,
 )
 from .linear import Linear, check_channels
 
@@ -81,6 +83,7 @@ class SAGEConv(QuantizedConv, pyg.SAGEConv):
             if isinstance(child, Linear):
                 child.reset_parameters()
 
+    @packs
     def forward(
         self,
         x: Features | tuple[Features, Features | None],
@@ -94,13 +97,13 @@ class SAGEConv(QuantizedConv, pyg.SAGEConv):
         if self.project:
             source = torch.relu(self.lin(source))
         if self.first:
-            out, _ = aggregated(graph, self.lin_l.product(source), self.operand_quantizer, self.reduce)
-            out = out if self.lin_l.bias is None else out + self.lin_l.bias
+            h = self.lin_l.product(source)
+            out = aggregated(self.operand_quantizer, graph, h, reduce=self.reduce, bias=self.lin_l.bias)
         else:
-            summed, _ = aggregated(graph, dense(source), self.operand_quantizer, self.reduce)
-            out = self.lin_l(summed)
+            out = self.lin_l(aggregated(self.operand_quantizer, graph, dense(source), reduce=self.reduce))
         if self.root_weight and target is not None:
             out = out + self.lin_r(target)
+        out = updated(self.operand_quantizer, out)
         return F.normalize(out, p=2.0, dim=-1) if self.normalize else out
 
     def feature_maps(self, name: str, nodes: int) -> list[FeatureMap]:

@@ -7,10 +7,12 @@ from .a2q import A2QQuantizer, LearnedColumns, average_width, learned_kb, memory
 from .base import ColumnQuantizer, FeatureMap, InputCodes, LayerQuantizer, Quantizer
 from .baselines import BinaryQuantizer, HalfColumns, HalfQuantizer
 from .bookkeeping import Averages, averages, feature_maps
+from .components import Components
 from .degree_quant import batched_graph, protection_probability, protective_mask
 from .nns import GroupQuantizer, reset_usage
 from .qat import QATQuantizer, RangeColumns, RangeQuantizer
-from .scheme import SCHEMES, Scheme, parse
+from .scheme import SCHEMES, Scheme, parse, widths_of
+from .training import FixedColumns, FixedQuantizer, MsfpColumns, MsfpQuantizer
 
 __all__ = [
     "SCHEMES",
@@ -18,13 +20,18 @@ __all__ = [
     "Averages",
     "BinaryQuantizer",
     "ColumnQuantizer",
+    "Components",
     "FeatureMap",
+    "FixedColumns",
+    "FixedQuantizer",
     "GroupQuantizer",
     "HalfColumns",
     "HalfQuantizer",
     "InputCodes",
     "LayerQuantizer",
     "LearnedColumns",
+    "MsfpColumns",
+    "MsfpQuantizer",
     "QATQuantizer",
     "Quantizer",
     "RangeColumns",
@@ -45,7 +52,9 @@ __all__ = [
     "protective_mask",
     "reset_usage",
     "set_enabled",
+    "set_width",
     "start_values",
+    "widths_of",
 ]
 
 
@@ -63,6 +72,10 @@ def layer_quantizer(
         return HalfQuantizer(in_channels, out_channels, scheme)
     if scheme.method == "binary":
         return BinaryQuantizer(in_channels, out_channels, scheme)
+    if scheme.method == "fixed":
+        return FixedQuantizer(in_channels, out_channels, scheme)
+    if scheme.method == "msfp":
+        return MsfpQuantizer(in_channels, out_channels, scheme)
     if scheme.method in ("qat", "dq"):
         return QATQuantizer(in_channels, out_channels, scheme)
     if scheme.groups:
@@ -80,6 +93,10 @@ def column_quantizer(scheme: Scheme, channels: int, *, parameters: bool = False)
         return None
     if scheme.method == "half":
         return HalfColumns(channels, scheme, parameters)
+    if scheme.method == "fixed":
+        return FixedColumns(channels, scheme, parameters)
+    if scheme.method == "msfp":
+        return MsfpColumns(channels, scheme, parameters)
     if scheme.method in ("qat", "dq"):
         return RangeColumns(channels, scheme, parameters)
     return LearnedColumns(channels, scheme, parameters)
@@ -90,6 +107,9 @@ def begin(layer: nn.Module, graph: Graph) -> None:
 
     In training a mask is drawn anew for every layer and step; in evaluation nothing is protected (DQ algorithm 1).
     """
+    scheme = getattr(layer, "scheme", None)
+    if isinstance(scheme, Scheme) and scheme.components is not None:
+        return  # quantized training has neither masks nor widths by degree
     parts = [m for m in layer.modules() if isinstance(m, Quantizer)]
     if not parts:
         return
@@ -106,3 +126,21 @@ def set_enabled(model: nn.Module, enabled: bool) -> None:
     for module in model.modules():
         if isinstance(module, Quantizer):
             module.enabled = enabled
+
+
+def set_width(model: nn.Module, width: int) -> None:
+    """Sets the width of every quantizer, as a schedule does between epochs; the widths that a scheme's components have of their own stay.
+
+    Raises:
+        ValueError: a width that the scheme does not have, or a scheme whose widths are learned or fixed.
+    """
+    for module in model.modules():
+        if not isinstance(module, Quantizer | RangeQuantizer):
+            continue
+        scheme = module.scheme
+        if scheme.method not in ("fixed", "msfp", "qat", "dq"):
+            raise ValueError(f"the widths of scheme {scheme.name!r} cannot be set: use fixed point, msfp, int or dq")
+        allowed = widths_of(scheme.method)
+        if width not in allowed:
+            raise ValueError(f"scheme {scheme.name!r} has widths of {allowed[0]} to {allowed[-1]}, got {width}")
+        module.width = width

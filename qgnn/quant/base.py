@@ -10,7 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import ops
 from ..features import SparseFeatures
+from ..graph import Graph
+from ..kernels.msfp import BLOCK
 from ..kernels.packing import bucket_rows, bucket_starts, container_of, containers_of, uniform_counts
 from ..qtensor import QTensor
 from .scheme import Scheme
@@ -23,7 +26,7 @@ class FeatureMap:
     Attributes:
         name: the layer and the role, "convs.1.input".
         dim, nodes: its shape is ``[nodes, dim]``.
-        bits: width of every node, or one number for all.
+        bits: width of every node, or one number for all; of MSFP, a fraction, since 16 values share the 8 bits of an exponent.
         role: "input" or "operand".
         quantized: False for a map kept at 32 bits, or exact at 1 bit because its values are 0 and one constant per row.
         learned: True when the widths are learned.
@@ -33,7 +36,7 @@ class FeatureMap:
     name: str
     dim: int
     nodes: int
-    bits: Tensor | int
+    bits: Tensor | float
     role: str
     quantized: bool
     learned: bool = False
@@ -44,9 +47,11 @@ class FeatureMap:
         if isinstance(self.bits, Tensor):
             counts, _ = bucket_rows(containers_of(self.bits, self.signed))
         elif self.bits in (16, 32):
-            return self.bits // 8 * self.dim * self.nodes
+            return int(self.bits) // 8 * self.dim * self.nodes
+        elif self.bits % 1:
+            return self.nodes * -(-self.dim // BLOCK) * round(BLOCK * self.bits / 8)
         else:
-            counts = uniform_counts(self.nodes, container_of(self.bits, self.signed))
+            counts = uniform_counts(self.nodes, container_of(int(self.bits), self.signed))
         return bucket_starts(counts, self.dim)[-1]
 
     def mean_bits(self) -> float:
@@ -109,16 +114,29 @@ def row_binary_codes(x: Tensor) -> InputCodes:
 class Quantizer(nn.Module):
     """What every quantizer has. While ``enabled`` is False it passes its values on in float32 (warm-up).
 
+    ``width`` is the number of bits in use, which a schedule changes (:func:`qgnn.quant.set_width`); it is no part of the state dict.
     ``protect`` (bool ``[N]`` or None) is Degree-Quant's mask of the current forward pass and ``in_degree`` (``[N]`` or None) the graph's: a
     convolution hands them out with :func:`qgnn.quant.begin`.
     """
 
     def __init__(self, scheme: Scheme) -> None:
         super().__init__()
-        self.scheme = scheme
+        self.scheme, self.width = scheme, scheme.bits
         self.enabled = True
         self.protect: Tensor | None = None
         self.in_degree: Tensor | None = None
+
+
+def finished(out: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
+    """``scale[i] * out[i] + bias``, for the ``[N]`` and ``[M]`` that are given."""
+    out = out if scale is None else out * scale.to(out.dtype).unsqueeze(1)
+    return out if bias is None else out + bias
+
+
+def summed(graph: Graph, operand: Tensor, weight: Tensor | None, reduce: str, own: Tensor | None) -> Tensor:
+    """The reduction of ``operand`` over the in-edges of every node, and ``own`` times the node's own row."""
+    out = ops.aggregate_csr(graph, operand, weight, reduce)
+    return out if own is None else out + own * operand
 
 
 class ColumnQuantizer(Quantizer, ABC):
@@ -133,14 +151,45 @@ class ColumnQuantizer(Quantizer, ABC):
     def forward(self, h: Tensor) -> Tensor:
         """The quantized ``h`` ``[N, channels]``."""
 
+    def aggregate(
+        self,
+        graph: Graph,
+        h: Tensor,
+        weight: Tensor | None = None,
+        reduce: str = "sum",
+        *,
+        scale: Tensor | None = None,
+        own: Tensor | None = None,
+        bias: Tensor | None = None,
+    ) -> Tensor:
+        """``scale[i] * (reduce_j weight_ij q(h)_j + own * q(h)_i) + bias``, for those that are given: ``weight`` ``[E]`` in CSR order, ``scale``
+        ``[N]``, ``own`` one number, ``bias`` ``[channels]``."""
+        return finished(summed(graph, self(h), weight, reduce, own), scale, bias)
+
+    def attended(self, out: Tensor) -> Tensor:
+        """The result of an attention over quantized values, for a scheme that quantizes its gradient."""
+        return out
+
+    def scores(self, scores: Tensor) -> Tensor:
+        """What a node brings along of the scores ``[N, heads]``, for a scheme that quantizes it."""
+        return scores
+
+    def update(self, out: Tensor) -> Tensor:
+        """The output of the layer, for a scheme that quantizes it."""
+        return out
+
     @abstractmethod
     def codes(self) -> tuple[Tensor, Tensor]:
         """Step (float32) and width (uint8) of every column, ``[channels]``."""
 
     def feature_map(self, name: str, nodes: int) -> FeatureMap:
         """The map of the operand, for the bookkeeping of NUMERICS 3."""
-        width = self.scheme.bits if self.enabled else 32
-        return FeatureMap(f"{name}.operand", self.channels, nodes, width, "operand", self.enabled, signed=True)
+        bits = self.operand_bits()
+        return FeatureMap(f"{name}.operand", self.channels, nodes, bits, "operand", bits != 32, signed=True)
+
+    def operand_bits(self) -> float:
+        """Width of the operand (32 while it is not quantized)."""
+        return self.width if self.enabled else 32
 
 
 class LayerQuantizer(Quantizer, ABC):
@@ -188,6 +237,16 @@ class LayerQuantizer(Quantizer, ABC):
     def linear(self, x: Tensor | SparseFeatures, weight: Tensor) -> Tensor:
         """``x @ weight.T`` on quantized values: ``x`` ``[N, in]``, ``weight`` ``[out, in]``."""
 
+    def project(
+        self,
+        x: Tensor | SparseFeatures,
+        weight: Tensor,
+        scale: Tensor | None = None,
+        bias: Tensor | None = None,
+    ) -> Tensor:
+        """``scale[i] * linear(x, weight)[i] + bias``, for those that are given, ``[N]`` and ``[out]``."""
+        return finished(self.linear(x, weight), scale, bias)
+
     @abstractmethod
     def input_codes(self, x: Tensor | None) -> InputCodes:
         """How the integer model codes the input. ``x``, an example, is needed for a "binary" one only."""
@@ -197,13 +256,14 @@ class LayerQuantizer(Quantizer, ABC):
         """The weight ``[out, in]`` as codes with a step per output (axis "row")."""
 
     @abstractmethod
-    def input_bits(self) -> Tensor | int:
+    def input_bits(self) -> Tensor | float:
         """Width of the input, per node or one number (32 while it is not quantized)."""
 
     def feature_map(self, name: str, nodes: int) -> FeatureMap:
         """The map of the input, for the bookkeeping of NUMERICS 3."""
         bits, binary = self.input_bits(), self.kind == "binary"
         learned = isinstance(bits, Tensor) and not binary
+        in_float = not isinstance(bits, Tensor) and bits == 32
         nodes = bits.numel() if isinstance(bits, Tensor) and not binary else nodes
         return FeatureMap(
             f"{name}.input",
@@ -211,7 +271,7 @@ class LayerQuantizer(Quantizer, ABC):
             nodes,
             1 if binary else bits,
             "input",
-            self.enabled and not binary,
+            not (in_float or binary),
             learned,
             self.kind == "signed" and learned,
         )

@@ -43,12 +43,13 @@ class RangeQuantizer(nn.Module):
     - symmetric (NUMERICS 1): the range ``[-m, m]``, ``step = m / Q``, codes ``-Q`` to ``Q``: what weights and the operand of an
     aggregation need to be multiplied and summed as plain integers.
 
-    With ``slack`` the step is that much larger, relatively (:data:`SLACK`).
+    With ``slack`` the step is that much larger, relatively (:data:`SLACK`). ``width`` is the number of bits in use (:func:`qgnn.quant.set_width`).
     """
 
     def __init__(self, scheme: Scheme, symmetric: bool, slack: float = 0.0) -> None:
         super().__init__()
         self.scheme, self.symmetric, self.slack = scheme, symmetric, slack
+        self.width = scheme.bits
         self.register_buffer("low", torch.tensor(torch.nan))
         self.register_buffer("high", torch.tensor(torch.nan))
         self.low: Tensor
@@ -68,14 +69,14 @@ class RangeQuantizer(nn.Module):
     def step(self) -> Tensor:
         """The step (float32, one element) of a symmetric quantizer, the scale of an affine one; 1 while the range is empty."""
         low, high = self._range()
-        bits = self.scheme.bits
+        bits = self.width
         step = torch.maximum(-low, high) / (2 ** (bits - 1) - 1) if self.symmetric else (high - low) / (2**bits - 1)
         step = step * (1 + self.slack)
         return torch.where(step > 0, step, torch.ones_like(step)).reshape(1)
 
     def zero(self) -> Tensor:
         """The zero point (int32, one element) of an affine quantizer."""
-        return torch.round(-self._range()[0] / self.step()).clamp(0, 2**self.scheme.bits - 1).to(torch.int32)
+        return torch.round(-self._range()[0] / self.step()).clamp(0, 2**self.width - 1).to(torch.int32)
 
     def _range(self) -> tuple[Tensor, Tensor]:
         return self.low.nan_to_num(0).clamp_max(0), self.high.nan_to_num(0).clamp_min(0)
@@ -85,9 +86,9 @@ class RangeQuantizer(nn.Module):
             self.observe(x, protect)
         if not self.symmetric:
             return ops.fake_quantize_affine(
-                x, self.step(), self.zero(), self.scheme.bits, protect=protect, ste=self.scheme.ste
+                x, self.step(), self.zero(), self.width, protect=protect, ste=self.scheme.ste
             )
-        out = ops.fake_quantize(x, self.step(), float(self.scheme.bits), gradient="local", ste=self.scheme.ste)
+        out = ops.fake_quantize(x, self.step(), float(self.width), gradient="local", ste=self.scheme.ste)
         return out if protect is None else torch.where(protect.unsqueeze(1), x, out)
 
 
@@ -136,14 +137,14 @@ class QATQuantizer(LayerQuantizer):
                 "the input of this layer was non-negative at first and was negative later; convert the model anew for such data"
             )
         scale = self.input.step()
-        return InputCodes(scale, _width(self.scheme, scale), self.kind == "signed")
+        return InputCodes(scale, _width(self.width, scale), self.kind == "signed")
 
     @torch.no_grad()
     def weight_codes(self, weight: Tensor) -> QTensor:
-        return QTensor.quantize(weight, self.weight.step(), float(self.scheme.bits))
+        return QTensor.quantize(weight, self.weight.step(), float(self.width))
 
     def input_bits(self) -> Tensor | int:
-        return self.scheme.bits if self.enabled else 32
+        return self.width if self.enabled else 32
 
 
 class RangeColumns(ColumnQuantizer):
@@ -159,8 +160,8 @@ class RangeColumns(ColumnQuantizer):
     @torch.no_grad()
     def codes(self) -> tuple[Tensor, Tensor]:
         step = self.message.step().expand(self.channels).contiguous()
-        return step, _width(self.scheme, step)
+        return step, _width(self.width, step)
 
 
-def _width(scheme: Scheme, step: Tensor) -> Tensor:
-    return rounded_bits(torch.full_like(step, float(scheme.bits)))
+def _width(width: int, step: Tensor) -> Tensor:
+    return rounded_bits(torch.full_like(step, float(width)))
