@@ -29,6 +29,11 @@ NEAREST = -1
 WORD = (1 << 32) - 1
 
 
+def drawn_seed() -> int:
+    """A seed of torch's generator on the CPU, so that no GPU is waited for and ``torch.manual_seed`` fixes it."""
+    return int(torch.randint(WORD + 1, (), device="cpu"))
+
+
 def philox_reference(seed: int, counter: Tensor) -> tuple[Tensor, Tensor]:
     """Both words of the generator, int64 in ``0 .. 2^32 - 1``, for every 64-bit ``counter`` (int64, any shape)."""
     first, second = counter & WORD, (counter >> 32) & WORD

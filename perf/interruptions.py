@@ -43,6 +43,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the moments of the kills")
     chosen = parser.parse_args(arguments)
     chosen.out.mkdir(parents=True, exist_ok=True)
+    if any(chosen.out.iterdir()):
+        parser.error(f"--out {chosen.out} is not empty; what is there would not be trained again")
     grid = chosen.out / "grid.toml"
     grid.write_text(
         f"datasets = {chosen.datasets.split()}\nmodels = {[chosen.model]}\nschemes = {list(SCHEMES)}\nseeds = 2\nfolds = 1\n"

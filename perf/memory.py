@@ -55,7 +55,6 @@ class Step:
 
 def measured(network: nn.Module, loss: Callable[[], Tensor]) -> Step:
     """The step ``loss().backward()``, which has run once before: then ranges, graphs and kernels are there."""
-
     network.zero_grad(set_to_none=True)
     with SavedTensors(network) as saved:
         loss().backward()
@@ -166,7 +165,7 @@ def rows(
             "emulation_fp32_ratio": None
             if other is None or theirs is None or not emulates
             else _ratio(other.kept, theirs.kept),
-            "printed_mb": PRINTED.get(dataset.name, {}).get(scheme.method),
+            "printed_mb": None if scheme.saved else PRINTED.get(dataset.name, {}).get(scheme.method),
             "layers": step.layers,
         }
 
@@ -201,25 +200,35 @@ def reproduce(table: Table, selected: Sequence[Row], root: Path | None, device: 
 
     Returns:
         The entries of :func:`rows`, with the printed figure and its ratio to the printed one of FP32.
+
+    Raises:
+        ValueError: a row's data set, scheme, model or setting does not exist; the sentence names the row.
     """
     entries: list[dict[str, Any]] = []
     for row in selected:
         entry = {"row": row.id, "dataset": row.dataset, "model": row.model, "scheme": row.scheme, "printed_mb": row.ram}
         fp32 = next((r.ram for r in table.rows if (r.dataset, r.scheme) == (row.dataset, "fp32")), None)
         entry["printed_ratio"] = row.ram / fp32 if row.ram and fp32 else None
-        hidden = row.recipe.get("hidden")
-        try:
-            dataset = load(row.dataset, root)
-        except UnknownDataset as error:
-            raise ValueError(f"table {table.name}, row {row.id}: {error}") from error
-        except (ValueError, OSError):
-            entries.append({**entry, "state": "data missing"})
+        if row.scheme is None:
+            entries.append({**entry, "state": "printed only"})
             continue
-        (found,) = rows(
-            dataset, row.model, [quant.parse(row.scheme or "fp32")], int(hidden) if hidden else None, device
-        )
+        try:
+            if set(row.recipe) - {"hidden"}:
+                raise ValueError("where memory is measured, recipe takes hidden only")
+            hidden = int(row.recipe["hidden"]) if row.recipe else None
+            scheme = quant.parse(row.scheme)
+            try:
+                dataset = load(row.dataset, root)
+            except UnknownDataset:
+                raise
+            except (ValueError, OSError) as error:
+                entries.append({**entry, "state": "data missing", "missing": f"data missing: {error}"})
+                continue
+            (found,) = rows(dataset, row.model, [scheme], hidden, device)
+        except ValueError as error:
+            raise ValueError(f"table {table.name}, row {row.id}: {error}") from error
         entries.append({**found, **entry, "state": "done"})
-    names = list(dict.fromkeys(name for entry in entries for name in entry if name != "layers"))
+    names = list(dict.fromkeys(name for entry in entries for name in entry if name not in ("layers", "missing")))
     text = io.StringIO()
     writer = csv.DictWriter(text, names, lineterminator="\n", extrasaction="ignore")
     writer.writeheader()
@@ -237,14 +246,15 @@ def markdown(table: Table, selected: Sequence[Row], entries: Sequence[dict[str, 
 
     shown = [
         (
-            *(entry["row"], entry["scheme"], text(entry, "printed_mb", "g"), text(entry, "printed_ratio", ".2f")),
+            *(entry["row"], entry["scheme"] or "", text(entry, "printed_mb", "g"), text(entry, "printed_ratio", ".2f")),
             *(text(entry, "saved_bytes", ".3f", 1e6), text(entry, "saved_ratio", ".2f")),
             *(text(entry, f"{name}_bytes", ".3f", 1e6) for name in ("allocated", "pyg_saved", "pyg_allocated")),
             *(text(entry, "emulation_fp32_ratio", ".2f"), entry["state"]),
         )
         for entry in entries
     ]
-    notes = "".join(f"- {note}\n" for note in dict.fromkeys(row.note for row in selected if row.note))
+    remarks = [*(row.note for row in selected if row.note), *(e["missing"] for e in entries if "missing" in e)]
+    notes = "".join(f"- {' '.join(remark.split())}\n" for remark in dict.fromkeys(remarks))
     return (
         f"# {table.title}\n\nPrinted: {table.source}.\nOurs: what a training step keeps for backward, and the allocator's peak; beside it PyG's "
         "layers, which emulate the scheme.\n\n"

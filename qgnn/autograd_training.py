@@ -31,7 +31,7 @@ SMALLEST = 2.0**-100
 """The magnitude below which a map counts as 0, so that its scale is a normal number."""
 
 LONGEST = 65_793
-"""Rows of a product of 8-bit codes that int32 holds: ``LONGEST * 255 * 128 < 2^31``."""
+"""Terms of a sum of products of 8-bit codes that int32 holds: ``LONGEST * 255 * 128 < 2^31``. Longer ones are summed in float32."""
 
 
 @dataclass(frozen=True)
@@ -153,8 +153,8 @@ class FixedProduct(torch.autograd.Function):
     and ``bias``.
 
     Without an ``x_scale`` the rows of ``x`` hold 0 and one constant, and are exact in 1 bit; a row that does not gives NaN. Backward quantizes the
-    gradient of the product once, for both factors. Kept are the codes of ``x``, at their own width, and those of the weight where ``x`` needs a
-    gradient.
+    gradient of the product once, for both factors. Kept are the codes of ``x``, at their own width, where the weight needs a gradient, and those of
+    the weight where ``x`` does.
     """
 
     @staticmethod
@@ -172,11 +172,12 @@ class FixedProduct(torch.autograd.Function):
         ctx.rounding, ctx.features, ctx.binary = rounding, k, x_scale is None
         if x_scale is None:
             data, step, valid = quantize_binary(x)
-            kept, kept_scale = data, step.masked_fill(~valid, torch.nan)
+            kept, kept_scale = data if ctx.needs_input_grad[1] else None, step.masked_fill(~valid, torch.nan)
             rows = (data, uniform_counts(n, 1), False)
         else:
             codes = Codes.of(x, x_scale, rounding.left, rounding.signed)
-            kept, kept_scale, rows = codes.kept(), x_scale, (codes.data, codes.counts, codes.signed)
+            kept, kept_scale = codes.kept() if ctx.needs_input_grad[1] else None, x_scale
+            rows = (codes.data, codes.counts, codes.signed)
         ctx.save_for_backward(kept, kept_scale, row_scale, w.data if ctx.needs_input_grad[0] else None, w.scale)
         scale = _times(kept_scale, row_scale).expand(n).contiguous()
         return _product(*rows, w.data, k, m, scale, w.scale.expand(m).contiguous(), bias)
@@ -194,8 +195,8 @@ class FixedProduct(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             w = Codes(w_data, w_scale, rounding.weight, True, m, k)
             grad_x = (
-                grad @ w.values()
-                if g is None
+                (grad if g is None else g.values()) @ w.values()
+                if g is None or m > LONGEST
                 else _product(g.data, g.counts, True, w.transposed(), m, k, g.row_scale(), w.column_scale())
             )
         if ctx.needs_input_grad[1]:

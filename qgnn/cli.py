@@ -112,6 +112,11 @@ def _progress() -> Iterator[Callable[[str, float, int], None]]:
         yield show
 
 
+def _quiet_profiler() -> None:
+    """Called before torch is imported, whose profiler writes to stderr otherwise."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
+
+
 def _check_file(option: str, path: Path) -> None:
     """Says at the start, not after the work, that a file cannot be there."""
     if path.is_dir():
@@ -355,6 +360,7 @@ def reproduce(
     json_to: JsonOption = None,
 ) -> None:
     """Trains what is not finished in ``out``; all tables that are run there share their runs. ``--json`` gets the rows."""
+    _quiet_profiler()
     with _one_line_errors(lambda: f"interrupted; the same command again resumes, from {out}"):
         from .experiments import compare
         from .experiments import reproduce as engine
@@ -426,8 +432,8 @@ def sweep(
 ) -> None:
     """``--json`` gets the rows of the table at the end. Exit code 1 if a training has no result."""
     folder = out or Path("out/sweep") / file.stem
-    interrupted = f"interrupted; qgnn sweep {file} --out {folder} --resume goes on"
-    with _one_line_errors(lambda: interrupted):
+    again = "the same command" if resume else "the same command with --resume"
+    with _one_line_errors(lambda: f"interrupted; {again} goes on, in {folder}"):
         from .environment import require
 
         require("sweep", "pyarrow", *(["ray"] if engine == "ray" else []))
@@ -691,11 +697,11 @@ def _memory_tables(rows: Sequence[dict[str, Any]], layers: bool) -> Iterator[Tab
     def cells(row: dict[str, Any], form: str, unit: float, *keys: str) -> list[str]:
         return ["" if row[key] is None else f"{row[key] / unit:{form}}" for key in keys]
 
-    head = rows[0]
+    head, printed = rows[0], any(row["printed_mb"] is not None for row in rows)
     sizes = table(
         f"{head['dataset']}, {head['model']}, hidden {head['hidden']}: MB of a training step; PyG's layers emulate the scheme",
         *("feature\nmaps", "masks", "kept for\nbackward", "allocated", "PyG:\nkept", "PyG:\nallocated"),
-        *["Bqain's\nGCN"] * (head["printed_mb"] is not None),
+        *["Bqain's\nGCN"] * printed,
     )
     ratios = table(
         "The same, as ratios",
@@ -703,8 +709,8 @@ def _memory_tables(rows: Sequence[dict[str, Any]], layers: bool) -> Iterator[Tab
     )
     for row in rows:
         bytes_of = ("feature_map", "mask", "saved", "allocated", "pyg_saved", "pyg_allocated")
-        printed = [] if head["printed_mb"] is None else cells(row, "g", 1, "printed_mb")
-        sizes.add_row(row["scheme"], *cells(row, ",.3f", 1e6, *(f"{name}_bytes" for name in bytes_of)), *printed)
+        megabytes = cells(row, ",.3f", 1e6, *(f"{name}_bytes" for name in bytes_of))
+        sizes.add_row(row["scheme"], *megabytes, *(cells(row, "g", 1, "printed_mb") if printed else []))
         ratio_of = ("feature_map", "saved", "allocated", "pyg_fp32_saved", "emulation_saved")
         ratios.add_row(row["scheme"], *cells(row, ".2f", 1, *(f"{name}_ratio" for name in ratio_of)))
     yield sizes
@@ -737,7 +743,7 @@ def memory(
     json_to: JsonOption = None,
 ) -> None:
     """A tensor counts while autograd keeps it; parameters, data and graphs, which are there anyway, do not."""
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # torch's profiler writes to stderr otherwise
+    _quiet_profiler()
     rows: list[dict[str, Any]] = []
     with _one_line_errors(lambda: f"interrupted after {len(rows)} rows"):
         from . import quant
@@ -745,7 +751,7 @@ def memory(
         from .perf import memory as engine
 
         names = scheme or ["fp32,fp32/saved=int4,fixed-8,fixed-4,msfp16,msfp12"]
-        schemes = [quant.parse(name) for text in names for name in re.split(r",(?=[a-z])", text)]
+        schemes = [quant.parse(name) for text in names for name in re.split(r",\s*(?=[a-z])", text)]
         lines, loaded = _JsonLines(json_to), load(dataset, data_root)
         with _progress() as show:
             for row in engine.rows(loaded, model, schemes, hidden, device):

@@ -64,7 +64,7 @@ class SparseFeatures:
         """The one nonzero value of every row (0 for an empty row), or None when a row has several."""
         rows = self.graph.rows.long()
         top = self.values.new_zeros(self.shape[0]).scatter_reduce(0, rows, self.values, "amax")
-        return top if bool((self.values == top[rows]).all()) else None
+        return top if bool(((self.values == top[rows]) | (self.values == 0)).all()) else None  # 0: dropped
 
 
 def dropout(x: Tensor | SparseFeatures, p: float, training: bool) -> Tensor | SparseFeatures:

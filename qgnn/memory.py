@@ -151,10 +151,10 @@ class SavedTensors:
 
 
 class _Kept:
-    """A saved tensor; its end is that of the tensor."""
+    """A saved tensor; its end is that of the tensor. Without its node, which may be the one that keeps it: that circle would never be freed."""
 
     def __init__(self, owner: SavedTensors, tensor: Tensor, address: int) -> None:
-        self.owner, self.tensor, self.address = owner, tensor, address
+        self.owner, self.tensor, self.address = owner, tensor.detach(), address
 
     def __del__(self) -> None:
         self.owner._release(self.address)

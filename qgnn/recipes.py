@@ -199,6 +199,8 @@ RECIPES.update({(model, "a2q", place): replace(recipe, **_NNS) for (model, place
 
 # Quantized training ("fixed" and "msfp"): both passes are quantized from the first epoch, so that no FP32 model is trained before, and none teaches.
 # Everything else is the FP32 recipe's first phase, for as many epochs as both phases have, so that FP32 runs the same with --set.
+# Validation accuracy of GCN (Cora, CiteSeer; seeds 100 to 102): fp32 81.5 and 73.0 with these settings, fixed-8 81.8 and 73.0, msfp13 81.7 and 73.0.
+# - Hidden dropout stays: on Cora fixed-8 has 81.4 without it, fp32 81.5.
 RECIPES.update(
     {
         (model, method, place): replace(

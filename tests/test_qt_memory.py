@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 
 from qgnn import cli, quant
 from qgnn.data import Dataset, GraphDataset, load
-from qgnn.experiments import densities, table
+from qgnn.experiments import compare, densities, table
+from qgnn.experiments.reproduce import Plan
 from qgnn.kernels.fixed_point import fixed_point as fused_fixed_point
 from qgnn.kernels.fixed_point import range_parameters
 from qgnn.kernels.msfp import msfp as fused_msfp
@@ -223,6 +224,25 @@ def test_a_table_of_memory_is_measured_and_not_trained(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "ram.csv").read_text().count("\n") == 3
 
 
+def test_rows_of_memory_that_are_not_measured_say_why(tmp_path: Path) -> None:
+    file, out = tmp_path / "ram.toml", tmp_path / "out"
+
+    def reproduced(rows: str) -> Any:
+        file.write_text(f'title = "RAM"\nsource = "none"\nkind = "memory"\nrows = [{rows}]\n')
+        return run("reproduce", str(file), "--out", str(out), "--data-root", str(tmp_path))
+
+    printed = '{ id = "a", dataset = "digits", model = "gcn", ram = 1.5, note = "unknown sizes" }'
+    missing = '{ id = "b", dataset = "Cora", model = "gcn", scheme = "fp32" }'
+    result = reproduced(f"{printed}, {missing}")
+    assert result.exit_code == 0, result.output
+    text = (out / "ram.md").read_text()
+    assert "printed only |\n" in text and "data missing |\n" in text
+    assert "- unknown sizes\n- data missing: " in text
+    result = reproduced('{ id = "c", dataset = "digits", model = "gcn", scheme = "fp32", recipe = { layers = 3 } }')
+    assert result.exit_code == 2
+    assert "table ram, row c: where memory is measured, recipe takes hidden only" in result.output
+
+
 @pytest.mark.parametrize(
     ("row", "ram"), [("cora-fp32", 17.56), ("cora-fixed-2", 210.6), ("pubmed-msfp16", 438.31), ("mutag-fixed-8", 11.9)]
 )
@@ -268,6 +288,15 @@ def test_densities_of_schedules_are_weighted_by_epochs() -> None:
 def test_what_the_table_does_not_have_has_no_arithmetic_density(name: str) -> None:
     scheme = quant.parse(name)
     assert densities.arithmetic(scheme, [(scheme.bits, 1)]) is None
+
+
+@pytest.mark.parametrize(("own", "shown"), [((1.5, 2.5), (1.5, 2.5)), (None, (4.0, 7.7))])
+def test_a_rows_own_densities_are_printed_before_the_published_ones(
+    own: tuple[float, float] | None, shown: tuple[float, float], tmp_path: Path
+) -> None:
+    row = table.Row("a", "digits", "gcn", "fixed-8", densities=own)
+    (entry,) = compare.write(table.Table("t", "t", "s", (row,), "density"), [Plan(row)], {}, tmp_path)
+    assert (entry["printed_memory_density"], entry["printed_arithmetic_density"]) == shown
 
 
 def test_densities_of_a_record() -> None:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import copy
+import gc
+import threading
+import weakref
 
 import pytest
 import torch
 import torch_geometric.nn as pyg
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import qgnn
 from qgnn.features import SparseFeatures
@@ -16,6 +20,8 @@ from qgnn.kernels.packing import tight_bytes
 from qgnn.memory import SavedTensors
 from qgnn.models import GAT, GCN, GIN, GraphSAGE, PooledGIN
 from qgnn.nn import GCNConv, Linear
+from qgnn.nn.activation import ReLU
+from qgnn.quant import saved
 
 NODES, HIDDEN, CLASSES = 300, 64, 16
 RANGE_BYTES = 8
@@ -186,3 +192,105 @@ def test_a_pass_that_fails_leaves_nothing_behind(edge_index: Tensor) -> None:
     with SavedTensors(layer, layer.parameters()) as found:
         layer(x, edge_index)
     assert found.by_kind()["feature map"] == map_bytes(HIDDEN, 4)
+
+
+class Sigmoid(nn.Module):
+    """Keeps its own result; ``factor`` changes that in place."""
+
+    def __init__(self, factor: float = 1.0) -> None:
+        super().__init__()
+        self.linear, self.factor = nn.Linear(HIDDEN, 8), factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = torch.sigmoid(self.linear(x))
+        return out if self.factor == 1 else out.mul_(self.factor)
+
+
+def test_a_pass_without_backward_is_let_go() -> None:
+    model = qgnn.convert(Sigmoid(), "fp32/saved=int4")
+    found: list[weakref.ref[object]] = []
+
+    class Mark:
+        pass
+
+    def watch(*what: object) -> Mark:
+        found.append(weakref.ref(mark := Mark()))
+        return mark
+
+    saved.watchers.append(watch)
+    try:
+        out = model(torch.randn(NODES, HIDDEN))
+    finally:
+        saved.watchers.remove(watch)
+    assert found and all(mark() is not None for mark in found)
+    del out
+    gc.collect()
+    assert not any(mark() for mark in found)
+
+
+def test_a_change_in_place_is_seen() -> None:
+    model = qgnn.convert(Sigmoid(2.0), "fp32/saved=int4")
+    with pytest.raises(RuntimeError, match="changed in place"):
+        model(torch.randn(NODES, HIDDEN)).sum().backward()
+
+
+@pytest.mark.parametrize("form", ["pair", "dictionary"])
+def test_data_in_containers_stay_exact(form: str) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(HIDDEN, 8)
+
+        def forward(self, given: tuple[Tensor, ...] | dict[str, Tensor]) -> Tensor:
+            out: Tensor = self.linear(given["x"] if isinstance(given, dict) else given[0])
+            return out
+
+    model, x = qgnn.convert(Net(), "fp32/saved=int2"), torch.randn(NODES, HIDDEN)
+    model({"x": x} if form == "dictionary" else (x, x)).sum().backward()
+    assert torch.equal(model.linear.weight.grad, torch.ones(NODES, 8).t() @ x)
+
+
+def test_threads_pack_each_its_own() -> None:
+    """The second thread runs while the first is inside of a forward pass."""
+    entered, done, sizes = threading.Event(), threading.Event(), []
+
+    class Waits(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            entered.set()
+            done.wait(60)
+            return x
+
+    slow = qgnn.convert(nn.Sequential(nn.Linear(HIDDEN, 8), Waits()), "fp32/saved=int4")
+    thread = threading.Thread(target=slow, args=(torch.randn(NODES, HIDDEN),))
+    thread.start()
+    try:
+        assert entered.wait(60)
+        layer, x = Linear(HIDDEN, 8, scheme="fp32/saved=int4"), hidden_map()
+        with SavedTensors(layer, layer.parameters()) as found:
+            layer(x)
+        sizes.append(found.by_kind()["feature map"])
+    finally:
+        done.set()
+        thread.join()
+    assert sizes == [map_bytes(HIDDEN, 4)]
+
+
+def test_checkpointing_recomputes_the_same(edge_index: Tensor) -> None:
+    model, x = GCN(HIDDEN, 32, CLASSES, scheme="fp32/saved=int4"), torch.randn(NODES, HIDDEN)
+    gradients = []
+    for again in (False, True):
+        torch.manual_seed(11)
+        model.zero_grad()
+        out = checkpoint(model, x, edge_index, use_reentrant=False) if again else model(x, edge_index)
+        out.square().sum().backward()
+        gradients.append([p.grad for p in model.parameters()])
+    for plain, recomputed in zip(*gradients, strict=True):
+        assert torch.equal(plain, recomputed)
+
+
+@pytest.mark.parametrize("shape", [(5,), (3, 4, 20), (0, 20), (2, 0)])
+def test_relu_takes_any_shape(shape: tuple[int, ...]) -> None:
+    x = torch.randn(shape, requires_grad=True)
+    out = ReLU()(x)
+    out.sum().backward()
+    assert torch.equal(out, x.relu()) and torch.equal(x.grad, (x > 0).float())

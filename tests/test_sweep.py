@@ -133,9 +133,12 @@ def test_every_fold_of_a_data_set_that_has_some(monkeypatch: pytest.MonkeyPatch)
         ('"gcn", "gin"', "", "models is a list of names"),
         ("seeds = 2", "seeds = 0", "seeds is a number from 1"),
         ("seeds = 2", "seeds = []", "seeds is a number from 1"),
+        ("seeds = 2", "seeds = [true]", "seeds is a number from 1"),
         ("seeds = 2", "folds = true", "folds is a number from 1"),
         ("hidden = [4, 8]", "hidden = []", "hidden under recipe is a number"),
         ("hidden = [4, 8]", "hiden = 4", "an [[exclude]] has some of the fields dataset, epochs, hiden, model, scheme, warmup"),
+        ("recipe = {", "recipe = 4 # {", "recipe is one table, [recipe]"),
+        ("exclude = [", 'exclude = { model = "gin" } # [', "exclude is a list of tables, each under [[exclude]]"),
         ('"dq-*"', '"a2q*"', "nothing matches the exclusion {'model': ('gin',), 'scheme': ('a2q*',)}"),
         ("hidden = 4 }]", 'hidden = 4 }, { dataset = "*" }]', "the exclusions leave nothing to train"),
         ('"fp32"', '"fp31"', "grid tiny, digits gcn fp31 3 1 4: there is no scheme 'fp31'"),
@@ -314,7 +317,7 @@ def test_no_kill_loses_or_repeats_a_training(
         deadline = time.monotonic() + 100
         while not list(runs.glob("*.parquet")) and time.monotonic() < deadline:
             time.sleep(0.01)
-        time.sleep(moments.uniform(0, 0.3))
+        time.sleep(moments.uniform(0, 0.1))
         process.kill()
         process.wait(timeout=60)
     finally:
@@ -339,7 +342,9 @@ def test_ctrl_c_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(sweep, "_outcomes", lambda engine: interrupted)
     command = arguments(tmp_path)
     result = invoke(*command, code=130)
-    assert result.stderr == f"qgnn: interrupted; qgnn {' '.join(command)} --resume goes on\n"
+    assert result.stderr == f"qgnn: interrupted; the same command with --resume goes on, in {tmp_path / 'out'}\n"
+    again = invoke(*command, "--resume", code=130)
+    assert "; the same command goes on, in " in again.stderr
 
 
 def test_rows_that_a_crash_left_twice_count_once(undisturbed: Path, tmp_path: Path) -> None:
@@ -347,8 +352,11 @@ def test_rows_that_a_crash_left_twice_count_once(undisturbed: Path, tmp_path: Pa
     for name in ("one", "two"):
         folder._write(name, parquet.read(undisturbed / "out"), {})
     pd.testing.assert_frame_equal(table(tmp_path), table(undisturbed), check_exact=True)
+    (folder.out / "runs/.half.parquet.tmp").write_bytes(b"PAR1")
+    assert len(pd.read_parquet(folder.out / "runs")) == 2 * RUNS, "other readers skip what is half-written"
     folder.merge()
     assert len(list((tmp_path / "out/runs").iterdir())) == 1
+    assert parquet.read(folder.out).num_rows == RUNS
     pd.testing.assert_frame_equal(table(tmp_path), table(undisturbed), check_exact=True)
 
 
@@ -358,6 +366,36 @@ def test_rows_from_before_a_setting_existed_are_found(undisturbed: Path, tmp_pat
     pd.testing.assert_frame_equal(table(tmp_path), table(undisturbed), check_exact=True)
     whole = sweep.Whole(grid.groups(grid.parse("tiny", GRID)), parquet.Ledger(folder))
     assert (whole.settled, whole.total, whole.start(1)) == (RUNS, RUNS, [])
+
+
+def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = parquet.ParquetFolder(tmp_path)
+
+    def full(table: Any, file: Any, **_: Any) -> None:
+        file.write(b"PAR1")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(pyarrow.parquet, "write_table", full)
+    with pytest.raises(OSError, match="No space"):
+        folder._write("x", parquet.SCHEMA.empty_table(), {})
+    assert not list((tmp_path / "runs").iterdir())
+
+
+def test_rows_that_are_merged_while_they_are_read_are_found(
+    undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, files = parquet.ParquetFolder(tmp_path / "out"), parquet._files
+    for name in ("one", "two"):
+        folder._write(name, parquet.read(undisturbed / "out"), {})
+
+    def then_merged(out: Path) -> list[Path]:
+        found = files(out)
+        monkeypatch.setattr(parquet, "_files", files)
+        folder.merge()
+        return found
+
+    monkeypatch.setattr(parquet, "_files", then_merged)
+    assert parquet.read(tmp_path / "out").num_rows == RUNS
 
 
 def test_a_damaged_file_is_named(tmp_path: Path) -> None:
@@ -483,6 +521,18 @@ def test_an_interrupted_search_goes_on_as_if_nothing_had_been(
     assert [t[:4] for t in trials(tmp_path)[:8]] == [t[:4] for t in trials(searched)] and len(trials(tmp_path)) == 9
 
 
+def test_trials_with_the_same_settings_are_one_training(tmp_path: Path, in_this_process: None) -> None:
+    """Of processes side by side, both would write the same checkpoint."""
+    text = SEARCH.partition("lr = {")[0].replace("trials = 8", "trials = 5") + "hidden = [4, 6]\n"
+    invoke(*arguments(tmp_path, "--jobs", "4", text=text))
+    assert [t[0] for t in trials(tmp_path)] == list(range(5)) and {t[1] for t in trials(tmp_path)} <= {
+        "COMPLETE",
+        "PRUNED",
+    }
+    rows = parquet.read(tmp_path / "out").to_pylist()
+    assert len({(row["hidden"], row["seed"]) for row in rows}) == len(rows) and {row["attempt"] for row in rows} == {1}
+
+
 @pytest.mark.parametrize(
     ("old", "new", "says"),
     [
@@ -535,6 +585,7 @@ def test_conditions(condition: str, holds: Callable[[Any], bool]) -> None:
         "seed",
         "seed < 'x'",
         "seed in 'x'",
+        "seed == [0, 1]",
         "0 < seed < 2",
         "",
         "seed ==",

@@ -15,7 +15,7 @@ from torch_geometric.data import Data
 import qgnn
 from qgnn import Graph, autograd_training, quant
 from qgnn.autograd_training import FixedProduct, Rounding
-from qgnn.features import SparseFeatures
+from qgnn.features import SparseFeatures, dropout
 from qgnn.kernels.backend import use_backend
 from qgnn.models import GCN
 from qgnn.nn import GATConv, GCNConv, GINConv, Linear, SAGEConv
@@ -331,6 +331,14 @@ def test_the_weight_gradient_of_many_rows_is_summed_in_float(monkeypatch):
     assert not torch.equal(weight, torch.zeros_like(weight))
 
 
+def test_sparse_features_may_come_dropped_first():
+    layer, _, graph = example("gcn", "fixed-8")
+    x = SparseFeatures.from_dense((torch.arange(20) % 3 == 0).float().expand(NODES, 20))
+    torch.manual_seed(10)
+    assert layer(dropout(x, 0.5, True), graph).isfinite().all()
+    assert layer.quantizer.kind == "binary"
+
+
 def test_sparse_features_with_float_gradients():
     torch.manual_seed(10)
     x = (torch.rand(NODES, 20) < 0.3).float()
@@ -349,10 +357,66 @@ def test_sums_that_int32_cannot_hold_are_refused(monkeypatch):
         layer(x, hub)
 
 
-def test_nan_reaches_the_output():
-    layer, x, graph = example("gcn", "fixed-8")
-    layer(x, graph)
-    assert layer(x.detach().index_fill(0, torch.tensor([4]), torch.nan), graph).isnan().all()
+@pytest.mark.parametrize("name", ["linear", "gcn"])
+@pytest.mark.parametrize("training", [True, False])
+def test_nan_reaches_the_output(name, training):
+    layer, x, graph = example(name, "fixed-8")
+    call(layer, x, graph)
+    bad = x.detach().index_fill(0, torch.tensor([4]), torch.nan)
+    assert call(layer.train(training), bad, graph).isnan().all()
+    assert call(layer.eval(), x, graph).isfinite().all(), "the range that is kept is a number"
+
+
+def test_a_batch_of_nothing_leaves_the_range_alone():
+    layer, x, _ = example("linear", "fixed-8")
+    wanted = layer(x)
+    layer(x[:0]).sum().backward()
+    assert not layer.weight.grad.any()
+    assert torch.equal(layer.eval()(x), wanted)
+
+
+def test_features_that_were_never_negative_get_a_sign_when_they_are():
+    layer, x, _ = example("linear", "fixed-8")
+    layer(x.abs())
+    assert layer.quantizer.kind == "unsigned"
+    out = layer(x)
+    other, *_ = example("linear", "fixed-8")
+    assert torch.equal(out, other(x)) and layer.quantizer.kind == "signed"
+
+
+def test_where_values_are_not_looked_at_negative_features_give_nan(monkeypatch):
+    layer, x, _ = example("linear", "fixed-8")
+    layer(x.abs())
+    monkeypatch.setattr(quant.training, "checks_values", lambda x: False)  # as on a GPU
+    assert layer(x.abs()).isfinite().all()
+    assert layer(x).isnan().all()
+
+
+def test_an_input_gradient_over_many_outputs_is_summed_in_float(monkeypatch):
+    layer, x, _ = example("linear", "fixed-7")
+    wanted = gradients(layer(x), layer, x)[0]
+    monkeypatch.setattr(autograd_training, "LONGEST", 5)  # as if int32 did not hold the sums of more outputs
+    result = gradients(layer(x), layer, x)[0]
+    # 6 products of codes below 2^6, times the scales: 8 roundings of the sum of magnitudes, which is at most 6 times the largest product
+    assert (result - wanted).abs().max() <= 8 * 2.0**-24 * 6 * 4 * layer.weight.abs().max()
+
+
+def test_nothing_is_kept_for_a_weight_that_does_not_learn():
+    layer, x, _ = example("linear", "fixed-4")
+    layer(x)
+    layer.weight.requires_grad_(False)
+    kept = kept_bytes(lambda: layer(x), [*layer.parameters(), *layer.buffers()])
+    assert kept < x.numel() // 2
+
+
+def test_a_mean_with_factors_of_nodes():
+    layer, x, graph = example("sage-last", "fixed-8")
+    factor = torch.rand(NODES)
+    results = [
+        layer.operand_quantizer.train(training).aggregate(graph, x, reduce="mean", scale=factor)
+        for training in (True, False)
+    ]
+    assert torch.allclose(*results, rtol=1e-5, atol=1e-6)
 
 
 def test_zeros_stay_zeros():
@@ -604,6 +668,18 @@ def test_state_dicts_hold_the_ranges_of_evaluation(scheme):
     assert scheme == "msfp14" or not torch.equal(other(x * 0.5, graph), wanted)  # the batch's own range
 
 
+@pytest.mark.parametrize("scheme", ["fixed-8", "fixed-5"])
+def test_data_beyond_the_ranges_are_cut_as_integers_are(scheme):
+    torch.manual_seed(8)
+    data = Data(x=torch.randn(NODES, 20), edge_index=torch.randint(0, NODES, (2, 90)))
+    model = qgnn.convert(Net(), scheme)
+    model(data.x, data.edge_index)
+    data.x = 3 * data.x
+    report = qgnn.freeze(model, data).report
+    assert report.max_relative <= 1e-4
+    assert sum(layer.differing_codes for layer in report.layers) == report.ties + report.inherited
+
+
 def test_evaluation_agrees_with_training():
     layer, x, graph = example("gcn", "fixed-8")
     out = layer(x, graph)
@@ -684,6 +760,7 @@ def test_names():
         ("adq:8,4", "adq goes up"),
         ("sdq:8,4/over=a2q", "choose one of fixed, msfp, int, dq"),
         ("fixed-8/", "has no option /"),
+        ("fixed-8/grad=6/gradients=4", "says /gradients= more than once"),
     ],
 )
 def test_names_that_there_are_not(name, message):

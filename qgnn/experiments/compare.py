@@ -56,14 +56,14 @@ def compare(plan: Plan, finished: Mapping[Key, dict[str, Any]]) -> dict[str, Any
 
 
 def _densities(plan: Plan, finished: Mapping[Key, dict[str, Any]]) -> dict[str, float | None]:
-    """Printed densities, and ours: means over the runs."""
+    """Printed densities, the row's or else the published ones of its scheme; and ours: means over the runs."""
     names = ("memory_density", "arithmetic_density")
     runs = [densities.of_record(record) for record in plan.records(finished)]
     means: dict[str, float | None] = {}
     for name in names:
         known = [value for run in runs if (value := run[name]) is not None]
         means[name] = fmean(known) if known and len(known) == len(runs) else None
-    if plan.row.scheme is not None:
+    if plan.row.densities is None and plan.row.scheme is not None:
         shown = [densities.printed(quant.parse(plan.row.scheme), kind) for kind in ("memory", "arithmetic")]
     else:
         shown = list(plan.row.densities or (None, None))

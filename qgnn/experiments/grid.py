@@ -104,7 +104,7 @@ def parse(name: str, text: str) -> Grid:
     seeds, folds = content.get("seeds", 1), content.get("folds")
     if _is_count(seeds):
         seeds = list(range(seeds))
-    if not isinstance(seeds, list) or not seeds or not all(isinstance(s, int) and s >= 0 for s in seeds):
+    if not isinstance(seeds, list) or not seeds or not all(type(s) is int and s >= 0 for s in seeds):
         raise ValueError(f"{where}: seeds is a number from 1, or a list such as [100, 101]")
     if folds is not None and not _is_count(folds):
         raise ValueError(f"{where}: folds is a number from 1")
@@ -142,7 +142,8 @@ def _names(where: str, content: Mapping[str, Any], key: str) -> tuple[str, ...]:
 def _tables(where: str, key: str, tables: Any) -> list[dict[str, tuple[Any, ...]]]:
     """Tables of values and lists of values; a value is a list of one."""
     if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
-        raise ValueError(f"{where}: {key} has to be a table of values, [{key}]; more than one are [[{key}]]")
+        form = {"recipe": "one table, [recipe]", "exclude": "a list of tables, each under [[exclude]]"}
+        raise ValueError(f"{where}: {key} is {form[key]}")
     found = [{k: tuple(v) if isinstance(v, list) else (v,) for k, v in table.items()} for table in tables]
     for name, values in (item for table in found for item in table.items()):
         if not values or not all(isinstance(v, int | float | str) for v in values):

@@ -11,6 +11,7 @@ import json
 import os
 import uuid
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict, fields
 from functools import lru_cache
 from pathlib import Path
@@ -76,21 +77,19 @@ class ParquetFolder(Folder):
 
     def merge(self) -> None:
         """Puts all rows into one file, which takes 15,000 of them in half a second where that many files take most of a minute. A crash on the way
-        leaves rows twice, and these count once."""
-        files = list((self.out / "runs").glob("*.parquet"))
+        leaves rows twice, and these count once. What crashes left half-written goes, too."""
+        files = _files(self.out)
         if len(files) > 1:
-            self._write(f"merged-{uuid.uuid4().hex}", read(self.out), {})
+            rows = read(self.out)
+            twice = rows.select([*results.KEYS, "seed", "fold", "attempt", *SETTINGS]).to_pandas().duplicated()
+            self._write(f"merged-{uuid.uuid4().hex}", rows.filter(pa.array(~twice)), {})
             for file in files:
                 file.unlink()
+        for file in (self.out / "runs").glob(".*.tmp"):
+            file.unlink()
 
     def _write(self, name: str, table: pa.Table, options: dict[str, bool]) -> None:
-        path = self.out / "runs" / f"{name}.parquet"
-        temporary = path.with_suffix(".tmp")
-        with temporary.open("wb") as file:
-            pyarrow.parquet.write_table(table, file, **options)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        write_table(self.out / "runs" / f"{name}.parquet", table, options)
 
 
 class Ledger:
@@ -151,18 +150,43 @@ def _row(cell: Cell, outcome: Outcome, attempt: int) -> dict[str, Any]:
     }
 
 
+def write_table(path: Path, table: pa.Table, options: Mapping[str, bool]) -> None:
+    """Writes a table to a file that appears whole or not at all, and is on the disk then. Until then its name begins with a dot, which readers of
+    Parquet data sets skip."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            pyarrow.parquet.write_table(table, file, **options)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # or a power cut could undo the renaming, and not the removal of what was merged
+    finally:
+        os.close(folder)
+
+
+def _files(out: Path) -> list[Path]:
+    return sorted((out / "runs").glob("*.parquet"))
+
+
 def read(out: Path) -> pa.Table:
     """All rows of a folder, in the order of the file names. Columns that an older version did not write are null.
 
     Raises:
         ValueError: a file cannot be read.
     """
-    files = sorted(map(str, (out / "runs").glob("*.parquet")))
+    files = _files(out)
     if not files:
         return SCHEMA.empty_table()
     try:
-        return pyarrow.dataset.dataset(files, SCHEMA).to_table()
+        return pyarrow.dataset.dataset(list(map(str, files)), SCHEMA).to_table()
     except (pa.ArrowException, OSError) as error:
+        if _files(out) != files:  # a sweep that runs there has merged them meanwhile
+            return read(out)
         raise ValueError(
             f"results in {out} cannot be read ({error}); delete the file, and its training is run again"
         ) from error

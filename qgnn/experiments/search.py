@@ -33,6 +33,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Literal
 
+from ..recipes import Recipe
 from .store import Cell, Key, Pruned
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ class Search:
             raise ValueError(f"{where}: [search] is a table with {', '.join(known)}")
         for name, least in (("trials", 1), ("first", 1), ("reduction", 2), ("seed", 0)):
             value = table.get(name, least if name in ("reduction", "seed") else None)
-            if not isinstance(value, int) or value < least:
+            if type(value) is not int or value < least:
                 raise ValueError(f"{where}: [search] needs {name}, a number from {least}")
         space = table.get("space")
         if not isinstance(table.get("storage", ""), str) or not isinstance(space, dict) or not space:
@@ -208,7 +209,8 @@ class Searcher:
     def __init__(self, search: Search, groups: Sequence[Group], ledger: Ledger, storage: str) -> None:
         self._search, self._ledger, self._storage = search, ledger, storage
         self._studies: dict[str, _Study] = {}
-        self._under_way: dict[tuple[str, int], tuple[list[Cell], set[Key]]] = {}
+        # By study and settings, which several trials may have: their numbers, trainings, and those of these under way.
+        self._under_way: dict[tuple[str, Recipe], tuple[list[int], list[Cell], set[Key]]] = {}
         self._given_up: set[Key] = set()
         for group in groups:
             self._check(group.cells[0])
@@ -226,8 +228,8 @@ class Searcher:
     def after(self, cell: Cell) -> list[Cell]:
         """What can be trained now that a cell has ended."""
         assert isinstance(cell.trial, SearchTrial)
-        place = cell.trial.study, cell.trial.number
-        cells, missing = self._under_way[place]
+        place = cell.trial.study, cell.recipe
+        numbers, cells, missing = self._under_way[place]
         self._given_up.add(cell.key)
         missing.discard(cell.key)
         if missing:
@@ -236,8 +238,9 @@ class Searcher:
             missing.update(c.key for c in more)
             return more
         del self._under_way[place]
-        self._end(self._studies[place[0]], place[1], cells)
-        return self._next()
+        for number in numbers:
+            self._end(self._studies[place[0]], number, cells)
+        return [following for _ in numbers for following in self._next()]
 
     def best(self) -> Iterator[str]:
         """A sentence for every study that has a best trial."""
@@ -262,13 +265,18 @@ class Searcher:
         return f"{cell.dataset} {cell.model} {cell.scheme} {digest}"
 
     def _next(self) -> list[Cell]:
-        """What to train of the next trial, first of those that an earlier command left. Ends trials of which nothing is missing."""
+        """What to train of the next trial, first of those that an earlier command left. Ends trials of which nothing is missing. A trial with the
+        settings of one under way waits for that, and its process with it."""
         for study in self._studies.values():
             while study.left or study.made < self._search.trials:
                 number = study.left.popleft() if study.left else study.study.ask().number
                 cells = self._cells(study, number)
+                place = study.study.study_name, cells[0].recipe
+                if place in self._under_way:
+                    self._under_way[place][0].append(number)
+                    return []
                 if missing := self._missing(cells):
-                    self._under_way[study.study.study_name, number] = cells, {c.key for c in missing}
+                    self._under_way[place] = [number], cells, {c.key for c in missing}
                     return missing
                 self._end(study, number, cells)
         return []

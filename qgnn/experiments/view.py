@@ -11,12 +11,11 @@ from typing import Any
 
 import pandas as pd
 import pyarrow as pa
-import pyarrow.parquet
 
 from ..results import KEYS
 from ..trace import write_whole
 from .compare import aligned
-from .parquet import SETTINGS, read
+from .parquet import SETTINGS, read, write_table
 from .store import DEFAULTS
 
 MEANS = ("test_acc", "val_acc", "test_acc_best_over_epochs", "average_bits", "compression")
@@ -78,7 +77,10 @@ def _mask(frame: pd.DataFrame, node: ast.expr) -> pd.Series[bool]:
         case ast.UnaryOp(ast.Not(), operand):
             return ~_mask(frame, operand)
         case ast.Compare(ast.Name(name), [op], [value]) if type(op) in _COMPARISONS:
-            return _COMPARISONS[type(op)](frame[_column(frame, name)], _literal(value))
+            column, given = frame[_column(frame, name)], _literal(value)
+            if not isinstance(op, ast.In | ast.NotIn) and not isinstance(given, int | float | str | None):
+                raise TypeError(f"{ast.unparse(node)} does not compare with one value; a list takes in")
+            return _COMPARISONS[type(op)](column, given)
     raise TypeError(f"{ast.unparse(node)} does not compare a column with a value")
 
 
@@ -168,7 +170,7 @@ def export(table: pd.DataFrame, path: Path) -> None:
         ValueError: the suffix is none of .csv, .parquet, .json and .md.
     """
     if path.suffix == ".parquet":
-        pyarrow.parquet.write_table(pa.Table.from_pandas(table, preserve_index=False), path)
+        write_table(path, pa.Table.from_pandas(table, preserve_index=False), {})
     elif path.suffix == ".csv":
         write_whole(path, table.to_csv(index=False))
     elif path.suffix == ".json":

@@ -16,7 +16,8 @@ class ReLU(nn.ReLU):
 
     def forward(self, input: Tensor) -> Tensor:
         if isinstance(input, Tensor) and input.requires_grad and torch.is_grad_enabled():
-            return ops.relu_dropout(input, 0.0, True)
+            rows = input.flatten(0, -2) if input.dim() > 1 else input.view(1, -1)
+            return ops.relu_dropout(rows, 0.0, True).view(input.shape)
         return super().forward(input)
 
 

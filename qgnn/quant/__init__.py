@@ -11,11 +11,14 @@ from .components import Components
 from .degree_quant import batched_graph, protection_probability, protective_mask
 from .nns import GroupQuantizer, reset_usage
 from .qat import QATQuantizer, RangeColumns, RangeQuantizer
+from .schedules import ADQ, SDQ
 from .scheme import SCHEMES, Scheme, parse, widths_of
 from .training import FixedColumns, FixedQuantizer, MsfpColumns, MsfpQuantizer
 
 __all__ = [
+    "ADQ",
     "SCHEMES",
+    "SDQ",
     "A2QQuantizer",
     "Averages",
     "BinaryQuantizer",

@@ -85,8 +85,9 @@ def is_row_binary(x: Tensor | SparseFeatures) -> bool:
     return _holds_constants(x) and bool(((x > 0).sum(1) > 1).any())
 
 
-def _checks_values(x: Tensor) -> bool:
-    return x.device.type == "cpu" or os.environ.get("QGNN_DEBUG") == "1"
+def checks_values(x: Tensor) -> bool:
+    """Whether values may be looked at: a GPU would be waited for, and compiled code interrupted."""
+    return not torch.compiler.is_compiling() and (x.device.type == "cpu" or os.environ.get("QGNN_DEBUG") == "1")
 
 
 def _holds_constants(x: Tensor) -> bool:
@@ -217,7 +218,7 @@ class LayerQuantizer(Quantizer, ABC):
             ValueError: the kind is "binary" and ``x`` is not. On a GPU this is seen under ``QGNN_DEBUG=1`` only, and at freezing.
         """
         if self.kind != "new":
-            if self.kind == "binary" and isinstance(x, Tensor) and _checks_values(x) and not _holds_constants(x):
+            if self.kind == "binary" and isinstance(x, Tensor) and checks_values(x) and not _holds_constants(x):
                 raise ValueError(
                     "the input of this layer had rows of 0 and one constant at first, so it is not quantized, and now it has others; "
                     "convert the model anew for such data"

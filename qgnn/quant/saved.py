@@ -8,7 +8,8 @@ attention scores, statistics, scales.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import wraps
 from typing import Any, TypeVar
@@ -21,6 +22,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from ..features import SparseFeatures
 from ..kernels.fixed_point import fixed_point_pack, fixed_point_unpack, range_parameters
 from ..kernels.packing import pack_bits_reference, unpack_bits_reference
+from ..kernels.random import drawn_seed
 from .base import Quantizer
 from .components import FLOAT
 from .scheme import Scheme
@@ -36,13 +38,23 @@ _Forward = TypeVar("_Forward", bound=Callable[..., Any])
 
 
 class _Kept:
-    """A tensor as it is."""
+    """A tensor as it is. Without its node, which may be the one that keeps it: that circle would never be freed."""
 
     def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
+        self.tensor, self.version = tensor.detach(), tensor._version
         self.watched = [watch(tensor) for watch in watchers]
 
     def restored(self) -> Tensor:
+        """The tensor.
+
+        Raises:
+            RuntimeError: it has been changed in place. torch looks for that only where there are no hooks.
+        """
+        if self.tensor._version != self.version:
+            raise RuntimeError(
+                f"a tensor of shape {tuple(self.tensor.shape)} that the gradient needs was changed in place after the forward pass; "
+                "change a copy of it"
+            )
         return self.tensor
 
 
@@ -54,8 +66,7 @@ class _Packed:
         rows = x.detach().flatten(1).contiguous()
         low, high = rows.aminmax(dim=1)
         self.scale, self.offset = range_parameters(low, high, bits, False)
-        seed = int(torch.randint(2**32, ()))  # of torch's generator on the CPU, so that no GPU is waited for
-        self.data = fixed_point_pack(rows, self.scale, self.offset, bits, False, seed)
+        self.data = fixed_point_pack(rows, self.scale, self.offset, bits, False, drawn_seed())
         self.watched = [
             watch(part, "feature map") for watch in watchers for part in (self.data, self.scale, self.offset)
         ]
@@ -102,7 +113,7 @@ class _Packing:
 
     def __init__(self, module: nn.Module, bits: int, inputs: tuple[Any, ...]) -> None:
         self.bits = bits
-        given = (t for t in inputs if isinstance(t, Tensor) and not t.requires_grad and t.layout == torch.strided)
+        given = (t for t in _tensors(inputs) if not t.requires_grad and t.layout == torch.strided)
         self.exact = {_storage(t) for t in given}
         self.weights = {tuple(p.shape) for p in module.parameters()}
         self.dropped: dict[StorageWeakRef, tuple[Tensor, float]] = {}
@@ -119,7 +130,7 @@ class _Packing:
         if x.layout != torch.strided:
             return _Kept(x)
         storage = _storage(x)
-        if storage in self.dropped:
+        if storage in self.dropped and x.shape == self.dropped[storage][0].shape:
             return _Dropped(x, *self.dropped[storage])
         whole = x if x._base is None else x._base
         parameter = (whole.is_leaf and whole.requires_grad) or tuple(x.shape) in self.weights
@@ -133,31 +144,51 @@ class _Packing:
         return packed
 
 
+def _tensors(given: object) -> Iterator[Tensor]:
+    """Those that a module is called with: also in pairs, dictionaries and PyG's Data."""
+    if isinstance(given, Tensor):
+        yield given
+    elif isinstance(given, list | tuple):
+        for part in given:
+            yield from _tensors(part)
+    elif isinstance(given, Mapping):
+        yield from _tensors(list(given.values()))
+    elif callable(to_dict := getattr(given, "to_dict", None)):
+        yield from _tensors(to_dict())
+
+
 def _storage(tensor: Tensor) -> StorageWeakRef:
     """Equal for tensors of one storage, whose number is not given out again while this lives."""
     return StorageWeakRef(tensor.untyped_storage())
 
 
-_active: _Packing | None = None
+class _Running(threading.local):
+    """The packing of the outermost running module of each thread; torch's hooks, too, are a thread's own."""
+
+    packing: _Packing | None = None
+
+
+_running = _Running()
 
 
 @contextmanager
 def packing(module: nn.Module, inputs: tuple[Any, ...]) -> Iterator[None]:
     """Packs, inside the ``with`` block, what autograd keeps for ``module``, which is called with ``inputs``."""
-    global _active
-    bits = saved_bits(module) if _active is None and torch.is_grad_enabled() else None
-    if bits is not None:
-        _active = _Packing(module, bits, inputs)
-    if _active is not None:
-        _active.note(inputs)
-    if bits is None or _active is None:
+    outer = _running.packing
+    bits = saved_bits(module) if outer is None and torch.is_grad_enabled() else None
+    if bits is None:
+        if outer is not None:
+            outer.note(inputs)
         yield
         return
+    own = _Packing(module, bits, inputs)
+    own.note(inputs)
+    _running.packing = own
     try:
-        with torch.autograd.graph.saved_tensors_hooks(_active.pack, lambda kept: kept.restored()):
+        with torch.autograd.graph.saved_tensors_hooks(own.pack, lambda kept: kept.restored()):
             yield
     finally:
-        _active = None
+        _running.packing = None
 
 
 def packs(forward: _Forward) -> _Forward:
@@ -180,11 +211,14 @@ class _Hooks:
         self.open: list[ExitStack] = []
 
     def enter(self, module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        if torch.compiler.is_compiling():
+            return
         self.open.append(ExitStack())
         self.open[-1].enter_context(packing(module, (*inputs, *named.values())))
 
     def leave(self, module: nn.Module, inputs: object, output: object) -> None:
-        self.open.pop().close()
+        if self.open and not torch.compiler.is_compiling():
+            self.open.pop().close()
 
 
 def attach(model: nn.Module) -> None:

@@ -128,6 +128,10 @@ def parse(name: str | Scheme) -> Scheme:
         return name
     head, *options = name.split("/")
     scheme = _scheduled(name, head, options) if head.startswith(("sdq:", "adq:")) else _plain(head)
+    keys = [_key(option) for option in options]
+    for key in keys:
+        if keys.count(key) > 1:
+            raise ValueError(f"scheme {name!r} says /{key}= more than once")
     for option in options:
         scheme = _with_option(name, scheme, option)
     return scheme if scheme.name == name else replace(scheme, name=name)
@@ -197,10 +201,15 @@ def _scheduled(name: str, head: str, options: list[str]) -> Scheme:
     return replace(scheme, bits=widths[0], schedule=ADQ((widths[0], widths[1])))
 
 
+def _key(option: str) -> str:
+    """What an option is about."""
+    key = option.partition("=")[0]
+    return "gradients" if key == "grad" else key
+
+
 def _with_option(name: str, scheme: Scheme, option: str) -> Scheme:
     """The scheme with one option of its name."""
-    key, _, value = option.partition("=")
-    key = "gradients" if key == "grad" else key
+    key, value = _key(option), option.partition("=")[2]
     if scheme.method == "fp32" and key == "saved" and value in _SAVED:
         return replace(scheme, saved=_SAVED[value])
     if scheme.components is not None and key == "rounding" and value in ("nearest", "stochastic"):

@@ -26,9 +26,18 @@ from ..autograd_training import (
 from ..features import SparseFeatures
 from ..graph import Graph
 from ..kernels.msfp import BLOCK
-from ..kernels.random import NEAREST
+from ..kernels.random import NEAREST, drawn_seed
 from ..qtensor import QTensor
-from .base import ColumnQuantizer, InputCodes, LayerQuantizer, Quantizer, finished, row_binary_codes, summed
+from .base import (
+    ColumnQuantizer,
+    InputCodes,
+    LayerQuantizer,
+    Quantizer,
+    checks_values,
+    finished,
+    row_binary_codes,
+    summed,
+)
 from .components import FLOAT, Components
 from .qat import SLACK
 from .scheme import Scheme
@@ -50,16 +59,25 @@ def _stored_bits(scheme: Scheme, width: int) -> float:
 
 def _seed(scheme: Scheme) -> int:
     """Of the rounding of a gradient, drawn from torch's generator, so that ``torch.manual_seed`` fixes it."""
-    return int(torch.randint(2**32, ())) if scheme.rounding == "stochastic" else NEAREST
+    return drawn_seed() if scheme.rounding == "stochastic" else NEAREST
 
 
 def _top(quantizer: Quantizer, buffer: str, x: Tensor) -> Tensor:
     """The magnitude that gets the largest code: in training the batch's own, in evaluation that of the last training batch, kept in ``buffer``; where
-    that is NaN, of the first batch."""
+    that is NaN, of the first batch. A batch of nothing changes nothing; one with NaN has NaN in evaluation, too."""
     kept: Tensor = getattr(quantizer, buffer)
+    if not x.numel():
+        return kept.nan_to_num(0)
+    top = largest(x)
     if quantizer.training or bool(kept.isnan()):
-        kept.copy_(largest(x))
-    return kept
+        kept.copy_(top)
+        return top
+    return kept.masked_fill(top.isnan(), torch.nan)
+
+
+def _cut(quantizer: Quantizer, x: Tensor, top: Tensor) -> Tensor:
+    """``x`` within the range that evaluation keeps: the integers of a frozen model have no code below that of ``-top``, which fixed point has."""
+    return x if quantizer.training else x.clamp(-top, top)
 
 
 def _fixed_gradient(bits: int, seed: int, grad: Tensor) -> Tensor:
@@ -136,7 +154,8 @@ class FixedColumns(TrainingColumns):
         bits = width_of(self, component)
         if bits == FLOAT:
             return x
-        return StraightThrough.apply(x.contiguous(), fixed_values, scale_of(_top(self, buffer, x), bits, True), bits)
+        top = _top(self, buffer, x)
+        return StraightThrough.apply(_cut(self, x, top).contiguous(), fixed_values, scale_of(top, bits, True), bits)
 
     def attended(self, out: Tensor) -> Tensor:
         bits = width_of(self, "gradients")
@@ -154,8 +173,9 @@ class FixedColumns(TrainingColumns):
         bias: Tensor | None = None,
     ) -> Tensor:
         messages, gradients, result = (width_of(self, c) for c in ("messages", "gradients", "aggregation"))
-        factor = graph.inv_degree if reduce == "mean" and scale is None else scale
-        sums = reduce in ("sum", "mean") and weight is None and (factor is None or own is None)
+        factor = graph.inv_degree if reduce == "mean" else scale
+        sums = (reduce == "sum" or (reduce == "mean" and scale is None)) and weight is None
+        sums = sums and (factor is None or own is None)
         # Freezing listens to `forward`, which the sum of codes does without, and follows a model in evaluation.
         if not self.training or not sums or FLOAT in (messages, gradients):
             return super().aggregate(graph, h, weight, reduce, scale=scale, own=own, bias=bias)
@@ -197,16 +217,17 @@ class FixedQuantizer(LayerQuantizer):
         if not self.enabled:
             return finished(x @ weight.t(), scale, bias)
         self.see_input(x)
-        signed, exact = self.kind == "signed", self.kind == "binary"
+        exact = self.kind == "binary"
         left, right, gradient = (width_of(self, c) for c in ("inputs", "weights", "gradients"))
         seed = _seed(self.scheme)
         if right == FLOAT or (left == FLOAT and not exact):
             return finished(self._mixed(x, weight, left, right, gradient, seed), scale, bias)
-        ops.check_product_headroom(self.in_channels)
-        rounding = Rounding(left, right, gradient, signed, seed)
         if isinstance(x, SparseFeatures):
+            rounding = Rounding(left, right, gradient, False, seed)
             return FixedSparseProduct.apply(x.values, weight, scale, bias, x.graph, rounding)
-        x_scale = None if exact else self._input_scale(_top(self, "top", x), left)
+        ops.check_product_headroom(self.in_channels)
+        x, x_scale = (x, None) if exact else self._ranged(x, left)
+        rounding = Rounding(left, right, gradient, self.kind == "signed", seed)
         return FixedProduct.apply(x.contiguous(), weight, scale, bias, x_scale, rounding)
 
     def _mixed(
@@ -217,10 +238,22 @@ class FixedQuantizer(LayerQuantizer):
             scale = scale_of(largest(weight), right, True)
             weight = StraightThrough.apply(weight.contiguous(), fixed_values, scale, right)
         elif left != FLOAT and isinstance(x, Tensor) and self.kind != "binary":
-            scale = self._input_scale(_top(self, "top", x), left)
+            x, scale = self._ranged(x, left)
             x = StraightThrough.apply(x.contiguous(), fixed_values, scale, left, self.kind == "signed")
         out = x @ weight.t()
         return out if gradient == FLOAT else QuantizeGradient.apply(out, partial(_fixed_gradient, gradient, seed))
+
+    def _ranged(self, x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+        """``x`` as it is quantized, and its scale. Where features that were never negative are so now, they get a sign; on a GPU, which is not waited
+        for, they become NaN instead, but for ``QGNN_DEBUG=1``."""
+        top = _top(self, "top", x)
+        if self.training and self.kind == "unsigned" and x.numel():
+            negative = x.detach().amin() < 0
+            if not checks_values(x):
+                top = top.masked_fill(negative, torch.nan)
+            elif bool(negative):
+                self.kind = "signed"
+        return _cut(self, x, top), self._input_scale(top, bits)
 
     def _input_scale(self, top: Tensor, bits: int) -> Tensor:
         # What an aggregation gave has multiples of one step: without slack, many would lie exactly between two codes (see SLACK).
