@@ -207,7 +207,7 @@ def test_a_counter_that_does_not_work_is_said() -> None:
     with pytest.raises(ValueError, match="of fake stands still; name a GPU with --gpu"):
         still.meter().measure(still.call)
     back = FakeGpu(1e-3, 0.05)
-    back.millijoules = lambda: 10**12 - int(back.shown)  # type: ignore[method-assign]  # this one counts down
+    back.millijoules = lambda: 10**12 - int(back.shown)  # this one counts down
     with pytest.raises(ValueError, match="runs backwards"):
         back.meter().measure(back.call)
 
@@ -349,7 +349,7 @@ def test_one_model_under_another_configuration(folder: Path, tmp_path: Path) -> 
 def test_measured_rows_have_both_programs(folder: Path) -> None:
     """Both programs run, on the CPU; on the fake clock a call takes 0.3 s at 300 W, and 60 W of these flow at rest too."""
     gpu = FakeGpu(0.3, 0.02)
-    gpu.synchronize = lambda: gpu.pass_time(0.3, 300)  # type: ignore[method-assign]  # it does not see the calls
+    gpu.synchronize = lambda: gpu.pass_time(0.3, 300)  # it does not see the calls
     (models,) = energy.trained(folder)
     row = energy.compare(models, Config(), gpu.meter())
     assert (row["gpu"], row["gpu_mode"], row["runs"]) == ("fake", "measured", 2)

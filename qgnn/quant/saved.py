@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import wraps
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 from weakref import WeakValueDictionary
 
 import torch
@@ -201,7 +201,7 @@ def packs(forward: _Forward) -> _Forward:
         with packing(self, (*inputs, *named.values())):
             return forward(self, *inputs, **named)
 
-    return packed  # type: ignore[return-value]  # it has the signature of forward
+    return cast(_Forward, packed)  # it has the signature of forward
 
 
 class _Hooks:
