@@ -122,7 +122,7 @@ def test_training_follows_the_schedule(scheme: str, monkeypatch: pytest.MonkeyPa
         assert run.task.evaluate(run.model).val == run.record["val_acc"]
 
 
-@pytest.mark.parametrize("scheme", [*SCHEDULED, "sdq:8,6,4/rounding=stochastic"])
+@pytest.mark.parametrize("scheme", [*SCHEDULED, "sdq:8,6,4/rounding=nearest"])
 def test_a_resumed_run_continues_the_schedule(tmp_path: Path, scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train, "CHECKPOINT_SECONDS", 0.0)
     whole, path = trained(scheme), tmp_path / "c.pt"

@@ -54,7 +54,7 @@ def test_every_scheme_learns_and_reports(scheme: str) -> None:
         assert report.packed_bytes == record["packed_bytes"]
 
 
-@pytest.mark.parametrize("scheme", ["fixed-8", "fixed-8/rounding=stochastic", "msfp13"])
+@pytest.mark.parametrize("scheme", ["fixed-8", "fixed-8/rounding=nearest", "msfp13"])
 def test_quantized_training_needs_no_warm_up(scheme: str) -> None:
     run = train.train(DIGITS, "gcn", scheme, 0, recipe=sized(scheme, 60, 16))
     bits = quant.parse(scheme).bits
@@ -194,7 +194,7 @@ def test_graph_classification_learns(scheme: str) -> None:
     assert train.train(dataset, "gin", scheme, 0, recipe=recipe).record["test_acc"] >= 80, "chance is 50 %"
 
 
-@pytest.mark.parametrize("scheme", ["dq-int4", "a2q-nns", "sdq:8,4/rounding=stochastic"])
+@pytest.mark.parametrize("scheme", ["dq-int4", "a2q-nns", "sdq:8,4/rounding=nearest"])
 @pytest.mark.parametrize("stop_after", [1, 3], ids=["in the warm-up", "quantized"])
 def test_resumed_training_on_graphs_is_the_same_training(
     tmp_path: Path, scheme: str, stop_after: int, superpixels: data.GraphDataset, monkeypatch: pytest.MonkeyPatch

@@ -132,10 +132,16 @@ LAYERS = {
 }
 
 
-def example(name: str, scheme: str, signed: bool = True, device: str = "cpu"):
+def nearest(scheme: str | quant.Scheme) -> quant.Scheme:
+    """The scheme with gradients rounded to the nearest, but where it says how: an emulation then gives the same bits."""
+    parsed = parse(scheme)
+    return parsed if "/rounding=" in parsed.name else replace(parsed, rounding="nearest")
+
+
+def example(name: str, scheme: str | quant.Scheme, signed: bool = True, device: str = "cpu"):
     """A layer, features that need a gradient, and a graph with a node without edges and one with many."""
     torch.manual_seed(0)
-    layer = LAYERS[name](scheme)
+    layer = LAYERS[name](nearest(scheme))
     x = torch.randn(NODES, 20)
     edges = torch.cat([torch.randint(0, NODES - 1, (2, 90)), torch.stack([torch.arange(25), torch.full((25,), 3)])], 1)
     x = (x if signed else x.relu()).to(device).requires_grad_()
@@ -283,8 +289,9 @@ def test_epsilon_learns_from_the_codes():
     torch.manual_seed(3)
     edges = torch.randint(0, NODES, (2, 90))
     x = torch.randn(NODES, 6, requires_grad=True)
-    layer = GINConv(Linear(6, 8, scheme="fixed-5"), train_eps=True, scheme="fixed-5")
-    fixed_eps = GINConv(Linear(6, 8, scheme="fixed-5"), scheme="fixed-5")
+    scheme = nearest("fixed-5")
+    layer = GINConv(Linear(6, 8, scheme=scheme), train_eps=True, scheme=scheme)
+    fixed_eps = GINConv(Linear(6, 8, scheme=scheme), scheme=scheme)
     fixed_eps.load_state_dict(layer.state_dict())
     out, wanted = layer(x, edges), fixed_eps(x, edges)
     assert torch.equal(out, wanted)
@@ -483,7 +490,7 @@ def test_attention(concat):
     torch.manual_seed(4)
     edges = torch.randint(0, NODES, (2, 90))
     x = torch.randn(NODES, 20, requires_grad=True)
-    layer = GATConv(20, 5, 3, concat, scheme="fixed-6")
+    layer = GATConv(20, 5, 3, concat, scheme=nearest("fixed-6"))
     out = layer(x, edges)
 
     def through(tensor: Tensor) -> Tensor:
@@ -628,7 +635,7 @@ def trained(scheme: str, seed: int) -> list[Tensor]:
     return [p.detach() for p in model.parameters()]
 
 
-@pytest.mark.parametrize("scheme", ["fixed-8", "fixed-4/rounding=stochastic", "msfp13/rounding=stochastic"])
+@pytest.mark.parametrize("scheme", ["fixed-8", "fixed-4/rounding=nearest", "msfp13/rounding=stochastic"])
 def test_a_seed_fixes_the_training(scheme):
     assert_same(trained(scheme, 0), trained(scheme, 0))
     assert any(not torch.equal(a, b) for a, b in zip(trained(scheme, 0), trained(scheme, 1), strict=True))
@@ -730,7 +737,7 @@ def test_what_cannot_be_frozen_says_so(scheme, message):
 
 
 def test_names():
-    assert parse("fixed-5") == quant.Scheme("fixed-5", "fixed", 5, components=Components())
+    assert parse("fixed-5") == quant.Scheme("fixed-5", "fixed", 5, components=Components(), rounding="stochastic")
     scheme = parse("msfp13/grad=16/messages=fp32/rounding=stochastic")
     assert (scheme.method, scheme.bits, scheme.rounding) == ("msfp", 13, "stochastic")
     assert scheme.components == Components(gradients=16, messages=32)
@@ -753,7 +760,7 @@ def test_names():
         ("fixed-8/saved=int4", "has no option /saved=int4"),
         ("int8/grad=4", "its options are none"),
         ("fp32/saved=int3", "/saved= with int8, int4, int2"),
-        ("fixed-8/rounding=up", "/rounding=stochastic"),
+        ("fixed-8/rounding=up", "/rounding= with nearest or stochastic"),
         ("sdq:8,9", "must be 2 to 8"),
         ("sdq:8,,4", "must be 2 to 8"),
         ("adq:4", "adq goes up"),

@@ -39,7 +39,8 @@ class Scheme:
             exactly in 1 bit. The speedups of its table 1 follow only if this map, too, is charged fewer bits than the 4 of the baseline.
         components: the widths of quantized training; None in the methods that quantize the forward pass alone.
         schedule: how the width changes while training runs; None keeps ``bits``.
-        rounding: of gradients in quantized training.
+        rounding: of gradients in quantized training. Stochastic in fixed point: to the nearest, what is small beside the largest of a tensor is lost in
+            every step, and training drifts (docs/training.md has the losses). MSFP's blocks have exponents of their own.
         saved: how a model of method "fp32" packs the activations that it keeps for backward; None keeps them as they are.
     """
 
@@ -77,7 +78,10 @@ SCHEMES = {
     "a2q": Scheme("a2q", "a2q", 4),
     "a2q-nns": Scheme("a2q-nns", "a2q", 4, groups=1000, gradient="global"),
     "bi": Scheme("bi", "binary", 1),
-    **{f"fixed-{k}": Scheme(f"fixed-{k}", "fixed", k, components=Components()) for k in range(2, 9)},
+    **{
+        f"fixed-{k}": Scheme(f"fixed-{k}", "fixed", k, components=Components(), rounding="stochastic")
+        for k in range(2, 9)
+    },
     **{f"msfp{n}": Scheme(f"msfp{n}", "msfp", n, components=Components()) for n in range(12, 17)},
 }
 """Named schemes. Ranges: the 0.1 % of Degree-Quant's paper at 8 bits, the 1 % of its released code at 4; docs/accuracy.md compares the variants.
@@ -86,7 +90,7 @@ The names with int8 and int4 take suffixes for the variants of Degree-Quant's ta
 a2q -manual (widths by in-degree) and -input (learned widths of a 0/1 input), and a2q-nns -m400 for 400 groups.
 
 Those of quantized training take options after slashes: a component's width or "fp32" ("/gradients=6", "/weights=fp32"; "/grad=" is short for
-gradients), and "/rounding=stochastic" of the gradients. "sdq:8,6,4,4" and "adq:4,8" are schedules (:mod:`.schedules`), of fixed point, or
+gradients), and "/rounding=nearest" or "/rounding=stochastic" of the gradients. "sdq:8,6,4,4" and "adq:4,8" are schedules (:mod:`.schedules`), of fixed point, or
 "/over=msfp", "/over=int" (QAT) or "/over=dq". "fp32/saved=int4" packs what backward keeps of an FP32 model."""
 
 _RANGES: dict[str, dict[str, Any]] = {
@@ -221,9 +225,7 @@ def _with_option(name: str, scheme: Scheme, option: str) -> Scheme:
             return replace(scheme, components=replace(scheme.components, **{key: width}))
     if scheme.components is not None:
         allowed = widths_of(scheme.method)
-        known = (
-            f"{', '.join(f'/{n}=' for n in NAMES)} with {allowed[0]} to {allowed[-1]} or fp32, or /rounding=stochastic"
-        )
+        known = f"{', '.join(f'/{n}=' for n in NAMES)} with {allowed[0]} to {allowed[-1]} or fp32, or /rounding= with nearest or stochastic"
     else:
         known = f"/saved= with {', '.join(_SAVED)}" if scheme.method == "fp32" else "none"
     raise ValueError(f"scheme {name!r} has no option /{option}; its options are {known}")
