@@ -21,14 +21,9 @@ from .backend import implementation, operation
 from .matmul import epilogue_reference, output_reference
 from .packing import empty_output, uniform_counts, unpack_reference
 from .quantize import compute_dtype
+from .schedule import rows_of_edges
 
 REDUCTIONS = ("sum", "mean", "max", "min")
-
-
-def rows_of_edges(indptr: Tensor) -> Tensor:
-    """Destination of every CSR edge, int32 ``[E]``."""
-    rows = torch.arange(indptr.numel() - 1, dtype=torch.int32, device=indptr.device)
-    return torch.repeat_interleave(rows, (indptr[1:] - indptr[:-1]).long())
 
 
 def _mean_factor(indptr: Tensor, dtype: torch.dtype) -> Tensor:

@@ -10,6 +10,8 @@ Symbols: ``x`` is ``[N, F]``; the scale ``c`` and the offset ``d`` are float32, 
 Worked example, ``k = 2`` and the range -0.5 to 1, signed: c = 1/2 and d = 1, so the codes -2, -1, 0, 1 stand for -0.5, 0, 0.5, 1, and 0.3 has the
 code round(0.6 - 1) = 0; unsigned, d = -1, and it has the code 2.
 
+A tensor in its own range is symmetric: its largest magnitude gets the code ``2^(k-1) - 1``, and the offset is 0.
+
 Width and seed are run-time arguments: neither compiles anything anew. Float64 on a CPU is computed in float64.
 """
 
@@ -31,18 +33,7 @@ from .packing import (
 )
 from .quantize import compute_dtype
 from .random import round_reference
-
-
-def range_parameters(low: Tensor, high: Tensor, bits: int, signed: bool) -> tuple[Tensor, Tensor]:
-    """Scale and offset (float32, the shape of ``low``) of the range ``low .. high``, whose ends get the codes ``lo`` and ``hi``. A range that is one
-    value, or narrower than float32 can divide, has the scale 1 and the offset ``low``: code 0 is that value, exactly. NaN and infinity make NaN."""
-    lo, hi = code_range(bits, signed)
-    low, high = low.double(), high.double()
-    width = high - low
-    scale = (width / (hi - lo)).float()
-    offset = ((low * hi - high * lo) / width).float()
-    single = scale == 0
-    return torch.where(single, 1.0, scale), torch.where(single, low.float(), offset)
+from .ranges import largest, scale_of
 
 
 def _column(parameter: Tensor, x: Tensor) -> Tensor:
@@ -88,6 +79,42 @@ def fixed_point_codes(x: Tensor, scale: Tensor, offset: Tensor, bits: int, signe
 @fixed_point_codes.register_fake
 def _(x: Tensor, scale: Tensor, offset: Tensor, bits: int, signed: bool, seed: int) -> Tensor:
     return x.new_empty(bucket_starts(uniform_counts(x.shape[0], 8), x.shape[1])[-1], dtype=torch.uint8)
+
+
+def own_range_codes_reference(x: Tensor, factor: Tensor | None, bits: int, seed: int) -> tuple[Tensor, Tensor]:
+    x = x.to(compute_dtype(x))
+    x = x if factor is None else x * _column(factor, x)
+    scale = scale_of(largest(x), bits, True)
+    return fixed_point_codes_reference(x, scale, scale.new_zeros(1), bits, True, seed), scale
+
+
+@operation("qgnn::own_range_codes")
+def own_range_codes(x: Tensor, factor: Tensor | None, bits: int, seed: int) -> tuple[Tensor, Tensor]:
+    """The signed codes, as :func:`fixed_point_codes` lays them, of ``factor[i] * x[i]`` in its own range, and its scale ``[1]``; ``bits`` 2 to 8, and
+    ``factor`` ``[N]`` or None, which is 1."""
+    return implementation("fixed_point", "own_range_codes", own_range_codes_reference, x)(x, factor, bits, seed)
+
+
+@own_range_codes.register_fake
+def _(x: Tensor, factor: Tensor | None, bits: int, seed: int) -> tuple[Tensor, Tensor]:
+    size = bucket_starts(uniform_counts(x.shape[0], 8), x.shape[1])[-1]
+    return x.new_empty(size, dtype=torch.uint8), x.new_empty(1, dtype=compute_dtype(x))
+
+
+def transpose_codes_reference(data: Tensor, rows: int, features: int) -> Tensor:
+    codes = unpack_reference(data, None, uniform_counts(rows, 8), features, False)
+    return pack_reference(codes.t(), None, uniform_counts(features, 8))
+
+
+@operation("qgnn::transpose_codes")
+def transpose_codes(data: Tensor, rows: int, features: int) -> Tensor:
+    """The buffer of the transposed map ``[features, rows]`` of what :func:`fixed_point_codes` left."""
+    return implementation("fixed_point", "transpose_codes", transpose_codes_reference, data)(data, rows, features)
+
+
+@transpose_codes.register_fake
+def _(data: Tensor, rows: int, features: int) -> Tensor:
+    return data.new_empty(bucket_starts(uniform_counts(features, 8), rows)[-1])
 
 
 def fixed_point_pack_reference(x: Tensor, scale: Tensor, offset: Tensor, bits: int, signed: bool, seed: int) -> Tensor:

@@ -1,9 +1,9 @@
 """Random numbers of an element's place and a seed, the same on every backend: nothing is stored, and no order of work shows.
 
 The generator is Philox-2x32-10 (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011). Its key is the seed, 32 bits; its counter
-is the linear index of the element in its tensor, 64 bits, the lower word first. One round maps the words ``(a, b)`` of the counter to
+is half the linear index of the element in its tensor, 64 bits, the lower word first. One round maps the words ``(a, b)`` of the counter to
 ``(high(M a) ^ key ^ b, low(M a))``, where ``M a`` is the 64-bit product; the key grows by W from one round to the next. After ten rounds the upper 24
-bits of the first word are the uniform number: ``u = (a >> 8) / 2^24``, in [0, 1).
+bits of a word, the first where that index is even and else the second, are the uniform number: ``u = (a >> 8) / 2^24``, in [0, 1).
 
 Stochastic rounding takes v up with the chance of its fraction: ``floor(v) + (u < v - floor(v))``. Both differences are exact in floats but for a
 negative v within 2^-24 of 0, so whole numbers stay, which ``floor(v + u)``, whose sum rounds, does not promise. As u has 24 bits, the chance is the
@@ -29,9 +29,14 @@ NEAREST = -1
 WORD = (1 << 32) - 1
 
 
+def drawn_word() -> Tensor:
+    """A seed of torch's generator on the CPU, so that no GPU is waited for and ``torch.manual_seed`` fixes it; int64, of no dimension."""
+    return torch.randint(WORD + 1, (), device="cpu")
+
+
 def drawn_seed() -> int:
-    """A seed of torch's generator on the CPU, so that no GPU is waited for and ``torch.manual_seed`` fixes it."""
-    return int(torch.randint(WORD + 1, (), device="cpu"))
+    """:func:`drawn_word` as a number."""
+    return int(drawn_word())
 
 
 def philox_reference(seed: int, counter: Tensor) -> tuple[Tensor, Tensor]:
@@ -43,11 +48,21 @@ def philox_reference(seed: int, counter: Tensor) -> tuple[Tensor, Tensor]:
     return first, second
 
 
+def threshold(p: float) -> int:
+    """The least word of an element that dropout with the chance ``p`` keeps."""
+    return min(round(p * (WORD + 1)), WORD)
+
+
+def words_reference(seed: int, elements: int, device: torch.device | None = None) -> Tensor:
+    """The word (int64) of each of so many elements: both of every counter, one after the other."""
+    pairs = torch.arange((elements + 1) // 2, device=device)
+    return torch.stack(philox_reference(seed, pairs), 1).flatten()[:elements]
+
+
 def uniform_reference(seed: int, shape: tuple[int, ...] | torch.Size, device: torch.device | None = None) -> Tensor:
     """float32 in [0, 1), multiples of 2^-24, for every element of a contiguous tensor of this shape; ``seed`` 0 to 2^32 - 1."""
-    total = torch.Size(shape).numel()
-    first, _ = philox_reference(seed, torch.arange(total, device=device).view(shape))
-    return (first >> 8).to(torch.float32) * 2.0**-24
+    words = words_reference(seed, torch.Size(shape).numel(), device)
+    return (words >> 8).to(torch.float32).view(shape) * 2.0**-24
 
 
 def round_reference(v: Tensor, seed: int) -> Tensor:

@@ -12,9 +12,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .aggregate import aggregate_reference, rows_of_edges
+from .aggregate import aggregate_reference
 from .backend import implementation, operation
 from .quantize import compute_dtype
+from .schedule import rows_of_edges
 
 REDUCTIONS = ("sum", "mean", "max", "min", "mul")
 

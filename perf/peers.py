@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..environment import FEATURES
+from ..graph import Graph
 from .scene import Scene, csr
 
 Compute = Callable[[Tensor], Tensor]
@@ -23,6 +25,11 @@ def compiled(module: nn.Module) -> Any:
     dynamo = importlib.import_module("torch._dynamo")
     dynamo.config.recompile_limit = 64  # models of one class share their code, and each counts
     return torch.compile(module, fullgraph=True, dynamic=True)
+
+
+def traced(module: nn.Module) -> Any:
+    """:func:`compiled` without its compiler: what it traces, run by torch."""
+    return torch.compile(module, fullgraph=True, dynamic=True, backend="eager")
 
 
 def torch_scatter() -> Any:
@@ -61,6 +68,14 @@ class _OnCsr(nn.Module):
         return self.compute(x)
 
 
+def on_adjacency(network: Any, at: Scene) -> Compute:
+    """PyG's GCN fed with the normalised adjacency matrix, torch's CSR, in place of edges: its way without messages."""
+    network = copy.deepcopy(network)
+    for conv in network.convs:
+        conv.normalize = False  # the matrix is
+    return partial(network, edge_index=at.normalized)
+
+
 def on_csr(network: nn.Module, at: Scene) -> nn.Module:
     """A copy of a PyG model whose convolutions compute the same with torch's cached CSR product, in the type of its parameters: the best that torch
     has without a new kernel."""
@@ -88,22 +103,25 @@ def _sage(conv: Any, at: Scene, dtype: torch.dtype) -> Compute:
 
 
 def _gat(conv: Any, at: Scene, dtype: torch.dtype) -> Compute:
-    """One CSR product a head; a column of ones beside the features sums the weights that the softmax divides by."""
-    graph, heads, channels = at.graph.with_self_loops, conv.heads, conv.out_channels
-    rows, indices, indptr = graph.rows.long(), graph.indices.long(), graph.indptr.long()
-    ones = torch.ones(at.nodes, 1, dtype=dtype, device=at.device)
-
     def compute(x: Tensor) -> Tensor:
-        h = conv.lin(x).view(-1, heads, channels)
+        h = conv.lin(x).view(-1, conv.heads, conv.out_channels)
         source, target = (h * conv.att_src).sum(-1), (h * conv.att_dst).sum(-1)
-        score = F.leaky_relu(source[indices] + target[rows], conv.negative_slope)
-        peak = torch.segment_reduce(score, "max", offsets=indptr)
-        weight = (score - peak[rows]).exp()
-        summed = [csr(graph, weight[:, k].contiguous()) @ torch.cat([h[:, k], ones], 1) for k in range(heads)]
-        out = torch.stack([s[:, :-1] / s[:, -1:] for s in summed], 1)
+        out = attention_on_csr(at.graph.with_self_loops, h, source, target, conv.negative_slope)
         return (out.flatten(1) if conv.concat else out.mean(1)) + conv.bias
 
     return compute
+
+
+def attention_on_csr(graph: Graph, x: Tensor, source: Tensor, target: Tensor, slope: float) -> Tensor:
+    """Graph attention of ``x`` ``[N, H, C]`` with the scores' halves ``[N, H]``: one CSR product a head; a column of ones beside the features sums
+    the weights that the softmax divides by."""
+    rows, indices, indptr = graph.rows.long(), graph.indices.long(), graph.indptr.long()
+    score = F.leaky_relu(source[indices] + target[rows], slope)
+    peak = torch.segment_reduce(score, "max", offsets=indptr)
+    weight = (score - peak[rows]).exp()
+    ones = x.new_ones(x.size(0), 1)
+    summed = [csr(graph, weight[:, k].contiguous()) @ torch.cat([x[:, k], ones], 1) for k in range(x.size(1))]
+    return torch.stack([s[:, :-1] / s[:, -1:] for s in summed], 1)
 
 
 _BY_TYPE: dict[str, Callable[[Any, Scene, torch.dtype], Compute]] = {

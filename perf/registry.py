@@ -7,9 +7,11 @@ from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
 from typing import Any
 
-from .bench import Benchmark, Case, Row, measure, reason
+from .bench import Benchmark, Case, Limits, Row, measure, reason
+from .gpu_plan import GPU
 from .scene import scene
-from .table import Value, record
+from .table import record
+from .targets import Value
 
 GRAPHS = (
     "Cora",
@@ -127,18 +129,20 @@ REGISTRY = (
     ),
 )
 
-SUITES = tuple(dict.fromkeys(suite for row in REGISTRY for suite in row.suites))
+TIMED = tuple(dict.fromkeys(suite for row in REGISTRY for suite in row.suites))
+SUITES = (*TIMED, "gpu", "static")
+"""All suites; "gpu" is run by :mod:`qgnn.perf.gpu`, in processes of its own, and "static" compiles (:mod:`qgnn.perf.static`)."""
 
 
 def select(suite: str) -> list[Benchmark]:
-    """The benchmarks of a suite, or of "all".
+    """The benchmarks of a suite, or of "all", those but the suite "gpu".
 
     Raises:
         ValueError: there is no such suite.
     """
     if suite not in (*SUITES, "all"):
         raise ValueError(f"there is no suite {suite!r}; choose one of {', '.join(SUITES)}, all")
-    return [row for row in REGISTRY if suite in (*row.suites, "all")]
+    return [row for row in (*GPU, *REGISTRY) if suite in row.suites or (suite == "all" and row in REGISTRY)]
 
 
 def run(
@@ -151,7 +155,7 @@ def run(
     """The records of each case (:mod:`qgnn.perf.table`), as soon as it is measured. A shape that fails is a record with the reason.
 
     Args:
-        suite: one of :data:`SUITES`, or "all". "cpu" runs on a CPU whatever ``device`` is.
+        suite: one of :data:`SUITES` that are timed here, or "all". "cpu" runs on a CPU whatever ``device`` is.
         graphs: data sets instead of the registry's.
         rounds: how often the candidates take turns, at most (:data:`qgnn.perf.bench.BUDGET`).
         show: told what is measured, and how many shapes of how many are done.
@@ -185,6 +189,6 @@ def _measured(benchmark: Benchmark, shape: Any, rounds: int, device: str) -> Ite
     """The rows of each case of a shape; one that says why, where the cases cannot be made."""
     try:
         for case in cases_of(benchmark)(shape, device):
-            yield measure(benchmark.operation, case, rounds, device)
+            yield measure(benchmark.operation, case, Limits(rounds), device)
     except Exception as error:  # no data, no memory: the other shapes go on
         yield [Row(benchmark.operation, str(shape), "", "", *reason(error))]

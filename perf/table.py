@@ -2,7 +2,11 @@
 
 One line is one candidate on one shape in one run. :data:`KEY` is unique: what is measured again gets a new date, and tables show the newest run of
 every shape. ``status`` is "ok", "wrong" (the gate refused the result), "does not fit" (into memory) or "failed"; ``reason`` says more, and
-the times are then empty. Times are quantiles 20, 50 and 80 % over the rounds, in ms; ratios are the baseline's time over the candidate's.
+the times are then empty; of a row that is ok it says why its energy was not measured. Times are quantiles 20, 50 and 80 % over the rounds, in ms;
+ratios are the baseline's time over the candidate's.
+
+Where it is known or was measured: ``bytes`` and ``operations`` that a call needs at least (:class:`qgnn.perf.bench.Work`); ``bound``, the share of
+the median time that the machine would need for them, by the rates of its own rows in the same run; ``millijoules`` a call; ``peak_bytes`` allocated.
 """
 
 from __future__ import annotations
@@ -12,24 +16,25 @@ import io
 import os
 import platform
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from .. import __version__
+from . import targets
 from .bench import Row
+from .targets import Record, Value
 
 KEY = ("operation", "shape", "candidate", "device", "threads", "torch", "qgnn", "date")
 COLUMNS = (
     *("operation", "shape", "candidate", "baseline", "status", "reason", "rounds"),
     *("ms_20", "ms_50", "ms_80", "ratio_20", "ratio_50", "ratio_80"),
+    *("bytes", "operations", "bound", "millijoules", "peak_bytes"),
     *("device", "threads", "torch", "qgnn", "date"),
 )
-
-Value = str | int | float | None
-Record = Mapping[str, Value]
 
 SUMMARY = ("torch-csr-fp32", "pyg-scatter-fp32", "qgnn-fp32", "qgnn-int8", "qgnn-int4")
 """Columns of the summary, of what was measured with 128 features."""
@@ -50,14 +55,20 @@ def record(row: Row, device: str, date: datetime) -> dict[str, Value]:
     timing = row.timing
     numbers: tuple[Value, ...] = (None,) * 7
     if timing is not None:
-        numbers = (timing.rounds, *(float(f"{v:.6g}") for v in (*timing.ms, *timing.ratio)))
+        numbers = (timing.rounds, *_digits(*timing.ms), *(_digits(*timing.ratio) if timing.ratio else (None,) * 3))
+    work = (None, None) if row.work is None else _digits(row.work.bytes, row.work.operations)
+    joules = (None,) if row.joules is None else _digits(row.joules * 1e3)
     values = (
         *(row.operation, row.shape, row.candidate, row.baseline, row.status, row.reason),
-        *numbers,
+        *(*numbers, *work, None, *joules, row.peak),
         *(device_name(device), torch.get_num_threads(), torch.__version__, __version__),
         date.isoformat(timespec="seconds"),
     )
     return dict(zip(COLUMNS, values, strict=True))
+
+
+def _digits(*values: float) -> tuple[float, ...]:
+    return tuple(float(f"{v:.6g}") for v in values)
 
 
 def check_file(path: Path) -> None:
@@ -103,8 +114,14 @@ def line(found: Record) -> str:
     what = f"{found['operation']:<10} {found['shape']:<34} {found['candidate']:<20}"
     if found["status"] != "ok":
         return f"{what} {found['status']}: {found['reason']}"
-    low, middle, high = _ratios(found)
-    return f"{what} {_number(found, 'ms_50'):10.3f} ms  {middle:6.2f} x ({low:.2f}-{high:.2f})"
+    if not found["ms_50"]:
+        return f"{what} ok, not timed"
+    more = f"  ({found['reason']})" if found["reason"] else ""
+    shown = f"{what} {_number(found, 'ms_50'):10.3f} ms"
+    if found["ratio_50"]:
+        low, middle, high = _ratios(found)
+        shown += f"  {middle:6.2f} x ({low:.2f}-{high:.2f})"
+    return shown + (f"  {_number(found, 'bound'):4.0%} of the bound" if found["bound"] else "") + more
 
 
 def _number(found: Record, name: str) -> float:
@@ -117,39 +134,61 @@ def _ratios(found: Record) -> tuple[float, float, float]:
     return _number(found, "ratio_20"), _number(found, "ratio_50"), _number(found, "ratio_80")
 
 
-def tables(records: Iterable[Record]) -> dict[str, str]:
-    """Markdown tables by name: "summary", then one for each operation. A cell is the median ratio and its quantiles 20 and 80, the baseline's the
-    median time; a row that has no time shows its status."""
+def newest(records: Iterable[Record]) -> dict[tuple[str, str], list[Record]]:
+    """The rows of the last run of every operation and shape, in their order."""
     runs: dict[tuple[str, str], list[Record]] = {}
     for found in records:
         run = runs.setdefault((str(found["operation"]), str(found["shape"])), [])
         if run and (run[-1]["date"], run[-1]["device"]) != (found["date"], found["device"]):
             run.clear()
         run.append(found)
+    return runs
+
+
+def tables(records: Iterable[Record]) -> dict[str, str]:
+    """Markdown tables by name: "targets", where there are rows that one is set for, "summary", then one for each operation, and "bounds", "energy"
+    and "memory" where something was measured. A cell is the median ratio and its quantiles 20 and 80, the baseline's the median time; a row that has
+    no time shows its status."""
+    runs = newest(records)
     chosen = {
         (operation, shape): [found for found in run if found["candidate"] in SUMMARY]
         for (operation, shape), run in runs.items()
         if operation == "layer" or (operation == "aggregate" and shape.endswith("F=128"))
     }
-    made = {"summary": _table(chosen, spread=False)} if chosen else {}
+    made = {"targets": compared} if (compared := targets.compared(runs)) else {}
+    if chosen:
+        made["summary"] = _table(chosen, partial(_cell, spread=False))
     for name in dict.fromkeys(operation for operation, _ in runs):
-        made[name] = _table({key: run for key, run in runs.items() if key[0] == name}, spread=True)
+        made[name] = _table({key: run for key, run in runs.items() if key[0] == name}, _cell, named=False)
+    for name, column, unit in (
+        ("bounds", "bound", "{:.0%}"),
+        ("energy", "millijoules", "{:.3g} mJ"),
+        ("memory", "peak_bytes", "{:,.0f} B"),
+    ):
+        measured = {key: kept for key, run in runs.items() if (kept := [found for found in run if found[column]])}
+        if measured:
+            made[name] = _table(measured, partial(_plain, column, unit))
     return made
 
 
-def _table(runs: Mapping[tuple[str, str], list[Record]], spread: bool) -> str:
+def _table(runs: Mapping[tuple[str, str], list[Record]], cell: Callable[[Record], str], named: bool = True) -> str:
+    """One row a shape, with the name of the operation or without it, and one column a candidate."""
     names = list(dict.fromkeys(str(found["candidate"]) for run in runs.values() for found in run))
     lines = [["", *names], ["---", *["---:"] * len(names)]]
     for (operation, shape), run in runs.items():
-        cells = {found["candidate"]: _cell(found, spread) for found in run}
-        lines.append([shape if spread else f"{operation}, {shape}", *(cells.get(name, "") for name in names)])
+        cells = {found["candidate"]: cell(found) for found in run}
+        lines.append([f"{operation}, {shape}" if named else shape, *(cells.get(name, "") for name in names)])
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-def _cell(found: Record, spread: bool) -> str:
-    if found["status"] != "ok":
+def _plain(column: str, unit: str, found: Record) -> str:
+    return unit.format(_number(found, column))
+
+
+def _cell(found: Record, spread: bool = True) -> str:
+    if found["status"] != "ok" or not found["ms_50"]:
         return str(found["status"])
-    if found["candidate"] == found["baseline"]:
+    if found["candidate"] == found["baseline"] or not found["ratio_50"]:
         return f"{_number(found, 'ms_50'):.3g} ms"
     low, middle, high = _ratios(found)
     return f"{middle:.2f} ({low:.2f}–{high:.2f})" if spread else f"{middle:.2f}"

@@ -14,16 +14,19 @@ QUANTILES = (0.2, 0.5, 0.8)
 TURN = 1e-3
 """Seconds that a turn should take: a faster candidate runs several times in it, so that neither the timer nor the caches that the candidate before it
 left behind decide."""
+LEAST_MS = 1e-6
+"""A time that is shorter is the clock's resolution."""
 LEAST_ROUNDS = 3
 """Rounds that a candidate takes part in, however slow it is: fewer have no quantiles."""
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Times of one candidate: quantiles 20, 50 and 80 % in milliseconds, and of its ratio to the baseline, round by round."""
+    """Times of one candidate: quantiles 20, 50 and 80 % in milliseconds, and of its ratio to the baseline, round by round; None where there is
+    no baseline."""
 
     ms: tuple[float, float, float]
-    ratio: tuple[float, float, float]
+    ratio: tuple[float, float, float] | None
     rounds: int
 
 
@@ -36,8 +39,9 @@ def paired(
 ) -> dict[str, Timing]:
     """Times every candidate once a round, in turn. The first one is the baseline; ratios are baseline over candidate, so above 1 is faster.
 
-    On a GPU every call is followed by a synchronisation, which the time includes. A candidate that has spent ``budget`` seconds sits out the rounds
-    that are left, after :data:`LEAST_ROUNDS`; when the baseline has, all are done. Ratios are of the rounds that both took part in.
+    On a GPU the clock is that of its events, one before a turn and one after it: what the processor takes to launch counts where the GPU waits for
+    it. A candidate that has spent ``budget`` seconds sits out the rounds that are left, after :data:`LEAST_ROUNDS`; when the baseline has, all
+    are done. Ratios are of the rounds that both took part in.
     """
     times: dict[str, list[float]] = {name: [] for name in candidates}
     first = next(iter(candidates))
@@ -52,25 +56,34 @@ def paired(
         for name, run in candidates.items():
             if name != first and spent(name):
                 continue
-            _wait(device)
-            started = time.perf_counter()
-            for _ in range(calls[name]):
-                run()
-            _wait(device)
-            seconds = (time.perf_counter() - started) / calls[name]
+            seconds = _turn(run, calls[name], device)
             if i >= warmup:
                 times[name].append(seconds * 1e3)
             else:
-                calls[name] = max(1, int(TURN / seconds))
+                calls[name] = max(1, int(TURN / max(seconds, 1e-9)))
     return {
-        name: Timing(_quantiles(ms), _quantiles([b / t for b, t in zip(times[first], ms, strict=False)]), len(ms))
+        name: Timing(
+            _quantiles(ms), _quantiles([b / max(t, LEAST_MS) for b, t in zip(times[first], ms, strict=False)]), len(ms)
+        )
         for name, ms in times.items()
     }
 
 
-def _wait(device: str) -> None:
+def _turn(run: Callable[[], object], calls: int, device: str) -> float:
+    """Seconds of one of ``calls`` calls."""
     if device == "cuda":
         torch.cuda.synchronize()
+        first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        first.record()
+        for _ in range(calls):
+            run()
+        last.record()
+        last.synchronize()
+        return first.elapsed_time(last) * 1e-3 / calls
+    started = time.perf_counter()
+    for _ in range(calls):
+        run()
+    return (time.perf_counter() - started) / calls
 
 
 def _quantiles(values: Sequence[float]) -> tuple[float, float, float]:

@@ -22,7 +22,7 @@ from ..data import Dataset, load
 from ..recipes import Recipe, recipe_for
 from ..tasks import NodeTask, prepare
 from ..train import Trainer, build
-from .bench import Case, WrongResult, ready
+from .bench import Candidate, Case, Run, WrongResult
 
 MODELS = ("gcn", "gat", "gin")
 SCHEMES = ("fp32", "int8", "int4", "dq-int8", "dq-int4", "a2q")
@@ -89,19 +89,43 @@ def train_steps(name: str, device: str) -> Iterator[Case]:
     if not isinstance(dataset, Dataset):
         raise ValueError(f"{dataset.name} has many graphs; training steps are timed on one, such as Cora")
     for model, chosen in product(MODELS, SCHEMES):
-        scheme = quant.parse(chosen)
-        recipe = recipe_for(model, scheme, dataset)
-        task = NodeTask(prepare(dataset, recipe).to(device))
-        trainer = Trainer(build(scheme, dataset, recipe, model).to(device), task, recipe)
-        trainer.end_warmup()
-        theirs, step = pyg_step(model, task.data, dataset.num_classes, recipe)
-        yield Case(
-            f"{dataset.name} {model} {scheme.name}",
-            [
-                ready("pyg-fp32", step, finite(theirs)),
-                ready("qgnn", partial(trainer.step, trainer.total, task.data), finite(trainer.model)),
-            ],
-        )
+        yield steps_of(dataset, model, quant.parse(chosen), device)
+
+
+def steps_of(dataset: Dataset, model: str, scheme: quant.Scheme, device: str, hidden: int | None = None) -> Case:
+    """Our step and PyG's, with the recipe's hidden columns or others. Nothing is made before its turn."""
+    recipe = recipe_for(model, scheme, dataset).changed(hidden=hidden)
+    task = NodeTask(prepare(dataset, recipe).to(device))
+    made: dict[str, nn.Module] = {}
+
+    def theirs() -> Run:
+        made["pyg-fp32"], step = pyg_step(model, task.data, dataset.num_classes, recipe)
+        return step
+
+    def ours() -> Run:
+        trainer = trainer_of(dataset, model, scheme, recipe, task, device)
+        made["qgnn"] = trainer.model
+        return partial(trainer.step, trainer.total, task.data)
+
+    paths: dict[str, Callable[[], Run]] = {"pyg-fp32": theirs, "qgnn": ours}
+    return Case(
+        f"{dataset.name} {model} {scheme.name}" + (f" hidden {hidden}" if hidden else ""),
+        [Candidate(name, build_one, partial(_still_finite, made, name)) for name, build_one in paths.items()],
+        memory=device == "cuda",
+    )
+
+
+def _still_finite(made: dict[str, nn.Module], name: str, _: object) -> None:
+    finite(made[name])(_)
+
+
+def trainer_of(
+    dataset: Dataset, model: str, scheme: quant.Scheme, recipe: Recipe, task: NodeTask, device: str
+) -> Trainer:
+    """A trainer whose quantizers are on."""
+    trainer = Trainer(build(scheme, dataset, recipe, model).to(device), task, recipe)
+    trainer.end_warmup()
+    return trainer
 
 
 def finite(model: nn.Module) -> Callable[[object], None]:

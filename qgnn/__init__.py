@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Graph",
     "QTensor",
+    "QuantizedFeatureStore",
     "__version__",
     "accel",
     "calibrate",
@@ -35,6 +36,7 @@ _MODULES = ("accel", "data", "kernels", "nn", "ops", "quant", "train")
 _DEFINED_IN = {
     "Graph": "graph",
     "QTensor": "qtensor",
+    "QuantizedFeatureStore": "store",
     "calibrate": "calibrate",
     "convert": "convert",
     "export_workload": "export",
@@ -56,6 +58,7 @@ if TYPE_CHECKING:
     from qgnn.patch import patch_pyg
     from qgnn.qtensor import QTensor
     from qgnn.serialize import load, save
+    from qgnn.store import QuantizedFeatureStore
 else:
 
     def __getattr__(name):

@@ -13,7 +13,8 @@ from .graph import Graph
 from .kernels.affine import fake_quantize_affine
 from .kernels.aggregate import aggregate, aggregate_arg_backward, edge_dot
 from .kernels.attention import edge_softmax, edge_softmax_backward, gat_aggregate, gat_backward
-from .kernels.fixed_point import fixed_point, range_parameters
+from .kernels.dropout import dropout, dropout_backward
+from .kernels.fixed_point import fixed_point
 from .kernels.matmul import matmul_transposed
 from .kernels.msfp import msfp
 from .kernels.nearest import fake_quantize_nearest, group_sums, group_table
@@ -27,6 +28,8 @@ from .kernels.quantize import (
     mask_clipped,
     quantize,
 )
+from .kernels.random import drawn_word
+from .kernels.ranges import range_parameters
 from .kernels.scatter import segment_gather, segment_mul_backward, segment_reduce
 
 TRAINING_CONTAINER = 8
@@ -195,22 +198,22 @@ class QuantizedLinear(torch.autograd.Function):
         return grad_x, grad_step, grad_bits.to(ctx.dtype), None, grad_weight, None, None
 
 
-class ReluDropout(torch.autograd.Function):
-    """``dropout(relu(x))``; keeps one bit per element, where torch keeps the output of the one and the mask of the other."""
+class Dropout(torch.autograd.Function):
+    """``dropout(x)`` or, with ``relu``, ``dropout(relu(x))``, and the bits that say where its gradient is 0 (:mod:`.kernels.dropout`). Keeps these,
+    where torch keeps the output of the one and the mask of the other."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, p: float) -> Tensor:
-        out = torch.relu(x)
-        if p:
-            out.mul_(torch.empty_like(x).bernoulli_(1 - p).div_(1 - p))
-        ctx.scale = 1 / (1 - p)
-        ctx.save_for_backward(pack_bits_reference(~(out > 0)))
-        return out
+    def forward(ctx: Any, x: Tensor, p: float, relu: bool) -> tuple[Tensor, Tensor]:
+        out, bits = dropout(x, p, drawn_word() if p else None, relu)
+        ctx.p = p
+        ctx.save_for_backward(bits.view(1, -1))  # in rows, as :mod:`.memory` tells masks from other bytes
+        ctx.mark_non_differentiable(bits)
+        return out, bits
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return mask_clipped(grad.contiguous(), *ctx.saved_tensors) * ctx.scale, None
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        return dropout_backward(grad, ctx.saved_tensors[0].view(-1), ctx.p), None, None
 
 
 class Sign(torch.autograd.Function):

@@ -12,23 +12,26 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import pad
 
 from .graph import Graph
 from .kernels.aggregate import aggregate, aggregate_packed, aggregate_rows
 from .kernels.binary import quantize_binary
-from .kernels.fixed_point import fixed_point, fixed_point_codes, loosen, tighten
+from .kernels.fixed_point import (
+    fixed_point,
+    fixed_point_codes,
+    loosen,
+    own_range_codes,
+    tighten,
+    transpose_codes,
+)
 from .kernels.matmul import matmul_packed, matmul_transposed
 from .kernels.msfp import msfp, msfp_pack, msfp_unpack
-from .kernels.packing import bucket_starts, code_range, row_bytes, uniform_counts
+from .kernels.packing import uniform_counts
 from .kernels.quantize import dequantize
 from .kernels.random import NEAREST
 
 FLOAT = 32
 """The width of what stays in float32."""
-
-SMALLEST = 2.0**-100
-"""The magnitude below which a map counts as 0, so that its scale is a normal number."""
 
 LONGEST = 65_793
 """Terms of a sum of products of 8-bit codes that int32 holds: ``LONGEST * 255 * 128 < 2^31``. Longer ones are summed in float32."""
@@ -45,20 +48,6 @@ class Rounding:
     gradient: int
     signed: bool = True
     seed: int = NEAREST
-
-
-def largest(x: Tensor) -> Tensor:
-    """The largest magnitude, of no dimension; 0 of nothing, NaN where there is one."""
-    if not x.numel():
-        return x.new_zeros(())
-    low, high = torch.aminmax(x.detach())
-    return torch.maximum(-low, high)
-
-
-def scale_of(top: Tensor, bits: int, signed: bool) -> Tensor:
-    """The scale (float32 ``[1]``) that gives the magnitude ``top`` the largest code; where all is 0, one that leaves it 0. NaN stays, and reaches
-    every value."""
-    return (top.clamp_min(SMALLEST) / code_range(bits, signed)[1]).view(1)
 
 
 def fixed_values(x: Tensor, scale: Tensor, bits: int, signed: bool = True, seed: int = NEAREST) -> Tensor:
@@ -83,10 +72,10 @@ class Codes:
         return cls(data, scale, bits, signed, x.size(0), x.size(1))
 
     @classmethod
-    def own_range(cls, x: Tensor, bits: int, seed: int = NEAREST) -> Codes:
-        """The signed codes of ``x`` in its own range."""
-        x = x.contiguous()
-        return cls.of(x, scale_of(largest(x), bits, True), bits, True, seed)
+    def own_range(cls, x: Tensor, bits: int, seed: int = NEAREST, factor: Tensor | None = None) -> Codes:
+        """The signed codes of ``x``, or of ``factor[i] * x[i]``, in its own range."""
+        data, scale = own_range_codes(x, factor, bits, seed)
+        return cls(data, scale, bits, True, x.size(0), x.size(1))
 
     @property
     def counts(self) -> list[int]:
@@ -110,12 +99,7 @@ class Codes:
 
     def transposed(self) -> Tensor:
         """The buffer of the transposed map."""
-        stride, wide = row_bytes(8, self.features), row_bytes(8, self.rows)
-        # Padded columns and all, which is one blocked copy; those behind the last one are left out then.
-        turned = self.data[: self.rows * stride].view(self.rows, stride).t().contiguous()[: self.features]
-        turned = turned if wide == self.rows else pad(turned, (0, wide - self.rows))
-        missing = bucket_starts(uniform_counts(self.features, 8), self.rows)[-1] - turned.numel()
-        return turned.view(-1) if not missing else pad(turned.view(-1), (0, missing))
+        return transpose_codes(self.data, self.rows, self.features)
 
 
 def _again(kept: Tensor, scale: Tensor, bits: int, signed: bool, rows: int, features: int) -> Codes:
@@ -124,9 +108,9 @@ def _again(kept: Tensor, scale: Tensor, bits: int, signed: bool, rows: int, feat
     return Codes(data, scale, bits, signed, rows, features)
 
 
-def _rounded(grad: Tensor, rounding: Rounding) -> Codes | None:
-    """The codes of a gradient; None where it stays in float32."""
-    return None if rounding.gradient == FLOAT else Codes.own_range(grad, rounding.gradient, rounding.seed)
+def _rounded(grad: Tensor, rounding: Rounding, row_scale: Tensor | None) -> Codes | None:
+    """The codes of ``row_scale[i] * grad[i]``; None where it stays in float32."""
+    return None if rounding.gradient == FLOAT else Codes.own_range(grad, rounding.gradient, rounding.seed, row_scale)
 
 
 def _scaled(grad: Tensor, row_scale: Tensor | None) -> Tensor:
@@ -189,13 +173,12 @@ class FixedProduct(torch.autograd.Function):
         rounding: Rounding = ctx.rounding
         n, m, k = *grad.shape, ctx.features
         grad_bias = grad.sum(0) if ctx.needs_input_grad[3] else None
-        grad = _scaled(grad, row_scale)
-        g = _rounded(grad, rounding)
+        g = _rounded(grad, rounding, row_scale)
         grad_x = grad_weight = None
         if ctx.needs_input_grad[0]:
             w = Codes(w_data, w_scale, rounding.weight, True, m, k)
             grad_x = (
-                (grad if g is None else g.values()) @ w.values()
+                (_scaled(grad, row_scale) if g is None else g.values()) @ w.values()
                 if g is None or m > LONGEST
                 else _product(g.data, g.counts, True, w.transposed(), m, k, g.row_scale(), w.column_scale())
             )
@@ -208,7 +191,8 @@ class FixedProduct(torch.autograd.Function):
                 data, counts, signed = (
                     (kept, uniform_counts(n, 1), False) if x is None else (x.data, x.counts, x.signed)
                 )
-                scale, values = kept_scale.expand(n).contiguous(), grad if g is None else g.values()
+                scale = kept_scale.expand(n).contiguous()
+                values = _scaled(grad, row_scale) if g is None else g.values()
                 grad_weight = matmul_transposed(data, None, counts, signed, 0, k, scale, values)
             grad_weight = grad_weight.t()
         return grad_x, grad_weight, None, grad_bias, None, None
@@ -244,13 +228,12 @@ class FixedSparseProduct(torch.autograd.Function):
         grad_bias = grad.sum(0) if ctx.needs_input_grad[3] else None
         grad_weight = None
         if ctx.needs_input_grad[1]:
-            grad = _scaled(grad, row_scale)
-            g = _rounded(grad, ctx.rounding)
+            g = _rounded(grad, ctx.rounding, row_scale)
             values = values.index_select(0, edges)
             if g is None:
+                grad = _scaled(grad, row_scale)
                 grad_weight = aggregate(indptr, indices, list(schedule), grad, values, "sum")[0].t()
             else:
-                del grad
                 grad_weight = aggregate_rows(
                     indptr, indices, list(schedule), g.data, None, g.counts, g.features, True, g.row_scale(), values,
                     None, None, False,
@@ -292,7 +275,7 @@ class FixedAggregate(torch.autograd.Function):
             values = _again(kept, h_scale, ctx.rounding.left, True, *ctx.shape).values()
             grad_own = (grad * values).sum().view(own.shape)
         if ctx.needs_input_grad[0]:
-            g = Codes.own_range(_scaled(grad, row_scale), ctx.rounding.gradient, ctx.rounding.seed)
+            g = Codes.own_range(grad, ctx.rounding.gradient, ctx.rounding.seed, row_scale)
             grad_h = _sum(indptr, indices, list(schedule), g, None, own, None)
         return grad_h, None, grad_own, grad_bias, None, None, None
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import ops
+from .autograd import Dropout
 from .graph import Graph
 
 
@@ -22,13 +23,14 @@ class SparseFeatures:
     Attributes:
         graph: bipartite, ``F`` sources and ``N`` destinations, an edge for every nonzero.
         values: float32, the nonzeros in CSR order.
-        whole, share: after dropout, the values before it and the chance that one was kept: a bit for each then says which.
+        whole, dropped, p: after dropout, the values before it, a bit for each (:mod:`.kernels.dropout`), and the chance that one was dropped.
     """
 
     graph: Graph
     values: Tensor
     whole: Tensor | None = None
-    share: float = 1.0
+    dropped: Tensor | None = None
+    p: float = 0.0
 
     @classmethod
     def from_dense(cls, x: Tensor) -> SparseFeatures:
@@ -68,7 +70,10 @@ class SparseFeatures:
 
 
 def dropout(x: Tensor | SparseFeatures, p: float, training: bool) -> Tensor | SparseFeatures:
-    """``torch.nn.functional.dropout`` for dense and sparse features; of sparse ones only the nonzeros are drawn for."""
+    """``torch.nn.functional.dropout`` for dense and sparse features; of sparse ones only the nonzeros are drawn for, and ``p`` is below 1."""
     if isinstance(x, Tensor):
         return F.dropout(x, p, training)
-    return replace(x, values=F.dropout(x.values, p), whole=x.values, share=1 - p) if training and p else x
+    if not training or not p:
+        return x
+    values, dropped = Dropout.apply(x.values, p, False)
+    return replace(x, values=values, whole=x.values, dropped=dropped, p=p)

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .kernels.aggregate import rows_of_edges
-from .kernels.schedule import Schedule, build_schedule
+from .kernels.schedule import Schedule, build_schedule, rows_of_edges
 
 if TYPE_CHECKING:
     from torch_geometric.data import Data

@@ -66,12 +66,13 @@ class _NodeModel(nn.Module):
         h: Tensor = first(dropout(x, self.input_dropout, self.training), edge_index)
         read: Tensor | None = None
         for conv in rest:
-            h = self._activate(h)  # the output of the layer, which nothing needs any more, is let go
+            h = self.activate(h)  # the output of the layer, which nothing needs any more, is let go
             read = h if read is None or not self.skip else h + read
             h = conv(read, edge_index)
         return h
 
-    def _activate(self, h: Tensor) -> Tensor:
+    def activate(self, h: Tensor) -> Tensor:
+        """What stands between two layers: activation and dropout."""
         if self.activation == "relu":
             return ops.relu_dropout(h, self.dropout, self.training)
         return F.dropout(ACTIVATIONS[self.activation](h), self.dropout, self.training)

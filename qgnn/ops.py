@@ -20,7 +20,9 @@ from .kernels.quantize import compute_dtype
 from .kernels.random import NEAREST
 from .kernels.scatter import REDUCTIONS as SEGMENT_REDUCTIONS
 from .kernels.scatter import group
-from .qtensor import Axis, QTensor, check_finite, check_parameters, check_values, rounded_bits
+from .kernels.select import select_codes as copy_codes
+from .kernels.select import select_rows as read_rows
+from .qtensor import Axis, QTensor, check_finite, check_parameters, check_values, rounded_bits, storage_of
 
 __all__ = [
     "aggregate",
@@ -38,6 +40,8 @@ __all__ = [
     "relu_dropout",
     "scatter",
     "segment_csr",
+    "select_codes",
+    "select_rows",
 ]
 
 _INT32_LIMIT = 2**31
@@ -336,16 +340,18 @@ def quantized_linear(
 
 
 def relu_dropout(x: Tensor, p: float, training: bool) -> Tensor:
-    """``torch.nn.functional.dropout(relu(x), p, training)``, keeping one bit per element for backward.
+    """``torch.nn.functional.dropout(relu(x), p, training)`` in one pass, keeping one bit per element for backward.
+
+    ``torch.manual_seed`` fixes what is dropped; it is the same on every backend, and not what torch's own dropout drops.
 
     Args:
-        x: ``[N, F]`` floats.
+        x: floats.
         p: chance that an element is set to zero, below 1.
         training: without it, the plain ReLU.
     """
     if not 0 <= p < 1:
         raise ValueError(f"p must be in [0, 1), got {p}")
-    return autograd.ReluDropout.apply(x, p) if training else torch.relu(x)
+    return autograd.Dropout.apply(x, p, True)[0] if training else torch.relu(x)
 
 
 def aggregate(
@@ -707,6 +713,53 @@ def gather_csr(src: Tensor, indptr: Tensor) -> Tensor:
         x = torch.nn.functional.pad(x, (0, 0, 1, 1))
     indices = torch.arange(_counted(math.prod(blocks) * edges), dtype=torch.int32, device=src.device)
     return autograd.SegmentGather.apply(x.flatten(0, 1), pointers, indices).view(*blocks, edges, *row)
+
+
+def select_rows(x: QTensor, index: Tensor) -> Tensor:
+    """``x.dequantize()[index]`` in one pass over the wanted rows.
+
+    Args:
+        x: ``[N, F]``, symmetric and with a step per row. It lies where ``index`` does, or in pinned memory of the host while ``index`` is on a GPU.
+        index: int64 ``[R]``, each in 0..N-1; repeats are allowed.
+
+    Returns:
+        float32 ``[R, F]``, on the device of ``index``.
+
+    Raises:
+        TypeError, ValueError: wrong shapes, dtypes or devices, or (on a GPU with ``QGNN_DEBUG=1``) an index that is no row.
+    """
+    _check_selection(x, index)
+    return read_rows(x.data, x.step, x.pos, list(x.counts), index, x.features, x.signed)
+
+
+def select_codes(x: QTensor, index: Tensor) -> QTensor:
+    """The rows ``index`` of ``x``, still packed, each with its step and width: what integer kernels, files and messages take.
+
+    Arguments and errors are those of :func:`select_rows`.
+    """
+    _check_selection(x, index)
+    # An index of the device of what it picks from: pinned vectors are picked on the host.
+    near = index.to(x.device)
+    step, bits = x.step[near].to(index.device), x.bits[near].to(index.device)
+    if x.pos is None:
+        counts, pos = [index.numel() if count else 0 for count in x.counts], None
+    else:
+        counts, pos = storage_of(bits, "row", x.signed, index.numel())
+    data = copy_codes(x.data, x.pos, list(x.counts), index, x.features, pos, counts)
+    return QTensor(data, step, bits, "row", x.signed, x.features, tuple(counts), pos)
+
+
+def _check_selection(x: QTensor, index: Tensor) -> None:
+    if not isinstance(x, QTensor) or x.axis != "row" or x.zero:
+        raise TypeError('x must be a QTensor with a step per row (axis="row") and without a zero point')
+    if not isinstance(index, Tensor) or index.dtype != torch.int64 or index.dim() != 1:
+        raise TypeError("index must be an int64 tensor [R]")
+    if x.device != index.device and not (x.device.type == "cpu" and x.data.is_pinned()):
+        raise ValueError(f"index is on {index.device} and x on {x.device}; move one, or pin the memory of x")
+    if index.numel() and _readable(index):
+        low, high = torch.stack(torch.aminmax(index)).tolist()
+        if low < 0 or high >= x.shape[0]:
+            raise ValueError(f"index: {low if low < 0 else high} is outside 0..{x.shape[0] - 1}; mend the index")
 
 
 def _segment_arguments(src: Tensor, name: str, index: Tensor, reduce: str, choices: tuple[str, ...]) -> str:

@@ -28,6 +28,9 @@ integer_mismatches          nodes or graphs that it predicts otherwise than the 
 integer_ties                codes of its feature maps that differ because float rounding decided a tie
 integer_max_relative        largest difference of a logit over the largest logit
 recipe                      settings of the run (:class:`qgnn.recipes.Recipe`)
+processes, parallel, halo   of several processes (docs/scaling.md): their number, what they share, and the width of the rows they exchange
+partition, halo_nodes       of a graph in parts: how it was parted, and rows of other parts that all parts read together
+sent_*_bytes                what all processes sent in the run: codes and steps, forward and backward
 ==========================  ======================================================================================================
 """
 

@@ -120,7 +120,7 @@ class NeighborSampler(BaseSampler):
 
 def block(batch: Data) -> Graph:
     """The :class:`qgnn.Graph` of a mini-batch whose edges are sorted by target, as those that :class:`NeighborSampler` draws: no sort, and
-    ``batch.edge_attr`` is in its order.
+    ``batch.edge_attr`` is in its order. Quantizers with parameters for each node ("a2q") find those of its nodes by ``batch.n_id``.
 
     Raises:
         ValueError: the edges are not sorted by target.
@@ -130,4 +130,7 @@ def block(batch: Data) -> Graph:
         raise ValueError("the edges are not sorted by target; use Graph.from_data(batch)")
     indptr = torch.zeros(batch.num_nodes + 1, dtype=torch.int64, device=target.device)
     torch.cumsum(torch.bincount(target, minlength=batch.num_nodes), 0, out=indptr[1:])
-    return Graph.from_csr(indptr, source)
+    graph = Graph.from_csr(indptr, source)
+    if "n_id" in batch:
+        graph.notes["nodes"] = batch.n_id
+    return graph

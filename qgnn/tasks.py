@@ -19,10 +19,11 @@ from .graph import Graph
 from .objectives import Classification, Objective, objective_of
 from .quant.base import is_row_binary
 from .recipes import Recipe
-from .sampler import NeighborSampler, block
 
 if TYPE_CHECKING:
     from .data import Dataset
+    from .layerwise import NodeModel
+    from .store import QuantizedFeatureStore
 
 SPARSE_BELOW = 0.1
 """Share of nonzeros below which features are multiplied as a sparse matrix."""
@@ -131,13 +132,18 @@ class NodeTask(Task):
         return self.x if isinstance(self.x, Tensor) else self.x.values
 
     def teach(self, model: nn.Module) -> Tensor:
-        return self.objective.soften(model(self.x, self.data.edge_index))
+        return self.objective.soften(self.outputs(model))
 
     def start(self, model: nn.Module) -> None:
         model(self.x, self.data.edge_index)
 
     def evaluate(self, model: nn.Module) -> Scores:
-        return self.scores(model(self.x, self.data.edge_index))
+        return self.scores(self.outputs(model))
+
+    def outputs(self, model: nn.Module) -> Tensor:
+        """What the model gives for all nodes, ``[N, C]``."""
+        out: Tensor = model(self.x, self.data.edge_index)
+        return out
 
     def example(self) -> Data:
         return Data(x=self.data.x, edge_index=self.data.edge_index)
@@ -158,22 +164,37 @@ class NodeTask(Task):
 
 class SampledNodeTask(NodeTask):
     """Nodes of one graph; every step computes on ``recipe.batch`` training nodes and, for each layer, ``recipe.fanout`` neighbours of every node,
-    drawn anew (GraphSAGE). Evaluation and the teacher use all neighbours."""
+    drawn anew (GraphSAGE). Evaluation and the teacher use all neighbours. With ``recipe.feature_bits``, all of them read the rows of a
+    :class:`qgnn.QuantizedFeatureStore`; quantizers start from, and models are frozen on, its values of all nodes.
+
+    What it imports when it is used loads Numba and safetensors, which training on whole graphs on a GPU does without."""
 
     def __init__(self, data: Data, objective: Objective, recipe: Recipe) -> None:
+        from .sampler import NeighborSampler
+        from .store import QuantizedFeatureStore
+
         super().__init__(data, objective)
         assert isinstance(data.x, Tensor)
         self.x = data.x  # batches take rows of it
-        self.sampler = NeighborSampler(data, [recipe.fanout] * recipe.layers)
         host = copy.copy(data).to("cpu")
+        self.graph = Graph.from_data(host)
+        self.sampler = NeighborSampler(self.graph, [recipe.fanout] * recipe.layers)
         size = recipe.batch or int(host.train_mask.sum())
-        self.loader = NodeLoader(host, self.sampler, host.train_mask, batch_size=size, shuffle=True)
+        self.store: QuantizedFeatureStore | None = None
+        source: Data | tuple[QuantizedFeatureStore, Data] = host
+        if recipe.feature_bits:
+            self.store = QuantizedFeatureStore(recipe.feature_bits)
+            self.store[None, "x", None], self.store[None, "y", None] = host.x, host.y
+            source = self.store, host
+        self.loader = NodeLoader(source, self.sampler, host.train_mask, batch_size=size, shuffle=True)
 
     def batches(self) -> Iterable[Data]:
         self.sampler.calls = int(torch.randint(2**62, ()))
         return (batch.to(self.data.x.device) for batch in self.loader)
 
     def loss(self, model: nn.Module, batch: Data, teacher: Tensor | None, weight: float) -> Tensor:
+        from .sampler import block
+
         seeds = batch.batch_size
         out = model(batch.x, block(batch))[:seeds]
         loss = self.objective.loss(out, batch.y[:seeds])
@@ -181,6 +202,21 @@ class SampledNodeTask(NodeTask):
 
     def features(self, batch: Data) -> Tensor:
         return batch.x
+
+    def start(self, model: nn.Module) -> None:
+        example = self.example()
+        model(example.x, example.edge_index)
+
+    def outputs(self, model: nn.Module) -> Tensor:
+        if self.store is None:
+            return super().outputs(model)
+        from .layerwise import layerwise
+
+        return layerwise(cast("NodeModel", model), self.graph, self.store).to(self.data.x.device)
+
+    def example(self) -> Data:
+        x = self.x if self.store is None else self.store[None, "x", None].to(self.data.x.device)
+        return Data(x=x, edge_index=self.data.edge_index)
 
 
 @dataclass(frozen=True, eq=False)
@@ -344,6 +380,8 @@ def task_of(dataset: Dataset | GraphDataset, recipe: Recipe, fold: int = 0, devi
         raise ValueError(
             f"fanout samples neighbours for tasks on nodes; {dataset.name} has task {dataset.task!r}, so set fanout to 0"
         )
+    if recipe.feature_bits and not recipe.fanout:
+        raise ValueError("feature_bits is of the features that sampled batches read; set fanout, or feature_bits to 0")
     if recipe.batch and not recipe.fanout and dataset.task.startswith("node"):
         raise ValueError(
             "batch needs a fanout on one graph: without one, every step computes on all nodes; set fanout, or batch to 0"

@@ -129,10 +129,14 @@ class Trainer:
     A schedule sets the width of every quantized epoch. The width that the model is left with is that of the best epoch.
 
     A checkpoint continues a training of the same recipe and ``identity`` (data set, scheme, seed, …) only.
+
+    Attributes:
+        trained: what a training step calls: the model, or what is wrapped around it.
     """
 
     def __init__(self, model: nn.Module, task: Task, recipe: Recipe, identity: Mapping[str, Any] | None = None) -> None:
         self.model, self.task, self.recipe = model, task, recipe
+        self.trained = model
         self.identity = {**(identity or {}), "recipe": asdict(recipe)}
         quantizers = (m for m in model.modules() if isinstance(m, quant.Quantizer))
         self.scheme = next((q.scheme for q in quantizers), quant.SCHEMES["fp32"])
@@ -160,15 +164,17 @@ class Trainer:
                 progress(self.progress.epoch, self.total)
             if watch is not None:
                 watch(self.progress.curve)
-            if checkpoint is not None and (
-                time.monotonic() - written > CHECKPOINT_SECONDS or self.progress.epoch == self.total
-            ):
+            if checkpoint is not None and (self.due(written) or self.progress.epoch == self.total):
                 self._write(checkpoint)
                 written = time.monotonic()
         best = self.progress.best
         self.model.load_state_dict(best.state)
         self._set_width(best.epoch)
         self.model.eval()
+
+    def due(self, written: float) -> bool:
+        """Whether to write a checkpoint: ``written`` is when, by ``time.monotonic``, the last one was."""
+        return time.monotonic() - written > CHECKPOINT_SECONDS
 
     def _epoch(self, epoch: int) -> None:
         self._set_width(epoch)
@@ -237,16 +243,20 @@ class Trainer:
         loss = self.loss(epoch, batch)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        self.reduce()
         self._check_finite(loss, epoch, batch)
         self.optimizer.step()
         with torch.no_grad():
             for layer in learned_layers(self.model):
                 layer.bits.clamp_(0, 8)
 
+    def reduce(self) -> None:
+        """Called when the gradients are there, for what many processes do with them."""
+
     def loss(self, epoch: int, batch: Any) -> Tensor:
         """The task's loss of a batch; in the second phase with the memory penalty."""
         recipe = self.recipe
-        loss = self.task.loss(self.model, batch, self.teacher, recipe.distill)
+        loss = self.task.loss(self.trained, batch, self.teacher, recipe.distill)
         if epoch >= self.warmup and recipe.penalty:
             target = quant.learned_kb(self.model, recipe.target_bits)
             if target:
@@ -325,8 +335,9 @@ class Trainer:
                 )
         raise TrainingError(f"the loss is {value} in {phase}; it began in the output; lower the learning rates")
 
-    def _write(self, path: Path) -> None:
-        state = {
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds."""
+        return {
             "identity": self.identity,
             "model": self.model.state_dict(),
             "warm": self.progress.epoch > self.warmup,
@@ -336,6 +347,13 @@ class Trainer:
             "rng": torch.get_rng_state(),
             "rng_gpu": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
         }
+
+    def _write(self, path: Path) -> None:
+        self.write_state(path, self.state())
+
+    @staticmethod
+    def write_state(path: Path, state: dict[str, Any]) -> None:
+        """Writes a checkpoint, which appears complete or not at all."""
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
         os.close(handle)
@@ -354,6 +372,11 @@ class Trainer:
             ) from error
         if not isinstance(state, dict) or state.get("identity") != self.identity:
             raise ValueError(f"checkpoint {path} belongs to other settings; delete it or choose another folder")
+        self.load_state(state)
+        _log.info("resumed %s after epoch %d", path, self.progress.epoch)
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Goes on from what :meth:`state` gave."""
         self.model.load_state_dict(state["model"])
         if state["warm"]:
             self._begin_main()
@@ -364,7 +387,6 @@ class Trainer:
         torch.set_rng_state(state["rng"])
         if state["rng_gpu"] is not None and self.device.type == "cuda":
             torch.cuda.set_rng_state(state["rng_gpu"], self.device)
-        _log.info("resumed %s after epoch %d", path, self.progress.epoch)
 
 
 def _best(state: dict[str, Any]) -> _Best:
@@ -402,22 +424,43 @@ def train(
         ValueError: an unknown model or scheme, a fold that does not exist, settings that do not fit the task, or a checkpoint of other settings.
         TrainingError: the loss became NaN or infinite; the sentence names the epoch and the tensor.
     """
+    parsed, recipe = settings(dataset, model, scheme, recipe, device)
+    task = task_of(dataset, recipe, fold, device)
+    torch.manual_seed(seed)
+    network = build(parsed, dataset, recipe, model).to(device)
+    trainer = Trainer(network, task, recipe, identity_of(dataset, model, parsed, seed, fold))
+    trainer.run(checkpoint, progress, watch)
+    return finished(trainer, dataset)
+
+
+def settings(
+    dataset: Dataset | GraphDataset, model: str, scheme: str, recipe: Recipe | None, device: str
+) -> tuple[quant.Scheme, Recipe]:
+    """Scheme and recipe of a training.
+
+    Raises:
+        ValueError: they do not fit together, or the device is not there.
+    """
     parsed = quant.parse(scheme)
     recipe = recipe or recipe_for(model, parsed, dataset)
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {device!r} was asked for, but torch sees no GPU here; qgnn info shows what there is")
-    if recipe.fanout and parsed.method == "a2q" and not parsed.groups:
-        raise ValueError(
-            f'scheme "{parsed.name}" has steps for the nodes of one graph, and sampled batches hold other nodes each time: use "a2q-nns"'
-        )
-    task = task_of(dataset, recipe, fold, device)
-    torch.manual_seed(seed)
-    network = build(parsed, dataset, recipe, model).to(device)
-    identity = {"dataset": dataset.name, "model": model, "scheme": parsed.name, "seed": seed, "fold": fold}
-    trainer = Trainer(network, task, recipe, identity)
-    trainer.run(checkpoint, progress, watch)
+    return parsed, recipe
+
+
+def identity_of(
+    dataset: Dataset | GraphDataset, model: str, scheme: quant.Scheme, seed: int, fold: int
+) -> dict[str, Any]:
+    """What a checkpoint has to agree with, besides the recipe."""
+    return {"dataset": dataset.name, "model": model, "scheme": scheme.name, "seed": seed, "fold": fold}
+
+
+def finished(trainer: Trainer, dataset: Dataset | GraphDataset) -> Run:
+    """The run of a training that has ended; freezes its model unless the scheme has no integers."""
+    task, network = trainer.task, trainer.model
+    identity = {name: value for name, value in trainer.identity.items() if name != "recipe"}
     record = {**identity, "task": dataset.task, **_record(trainer)}
-    frozen = freeze(network, task.example()) if _has_integers(parsed) else None
+    frozen = freeze(network, task.example()) if _has_integers(trainer.scheme) else None
     record |= _integer_record(frozen, task)
     return Run(record, network, task, frozen, trainer.progress.curve)
 

@@ -1,3 +1,5 @@
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ from hypothesis import strategies as st
 from qgnn.kernels import aggregate as ops
 from qgnn.kernels import packing
 from qgnn.kernels.quantize import compute_dtype
-from qgnn.kernels.schedule import build_schedule
+from qgnn.kernels.schedule import build_schedule, rows_of_edges
 
 from .assertions import assert_bitwise, assert_sum
 
@@ -44,10 +46,10 @@ GRAPHS = {
 graphs = pytest.mark.parametrize("name", GRAPHS)
 
 
-def graph(name, device, sort=True, dtype=torch.int32):
+def graph(name, device, sort=True, dtype=torch.int32, chunk=4):
     n, m, edges = GRAPHS[name]
     indptr, indices = csr(n, edges)
-    schedule = build_schedule(indptr.to(dtype), sort, narrow=2, chunk=4)
+    schedule = build_schedule(indptr.to(dtype), sort, narrow=2, chunk=chunk)
     return n, m, indptr.to(dtype).to(device), indices.to(device), [t.to(device) for t in schedule]
 
 
@@ -147,7 +149,7 @@ def test_non_contiguous(backend, reduce):
 
 def transposed(n, m, indptr, indices):
     """CSR by source: offsets, destinations, positions in the first order."""
-    rows, order = ops.rows_of_edges(indptr), torch.argsort(indices.long(), stable=True)
+    rows, order = rows_of_edges(indptr), torch.argsort(indices.long(), stable=True)
     by_source = torch.zeros(m + 1, dtype=indptr.dtype, device=indptr.device)
     by_source[1:] = torch.bincount(indices.long(), minlength=m).cumsum(0)
     return by_source, rows[order], order.to(indptr.dtype)
@@ -168,7 +170,7 @@ def test_backward_of_max_and_edge_dot(backend, name, features):
         actual = ops.aggregate_arg_backward(*arguments)
         assert_sum(actual, ops.aggregate_arg_backward_reference(*arguments), magnitude, longest)
         assert_bitwise(ops.aggregate_arg_backward(*arguments), actual, "second run")
-    rows = ops.rows_of_edges(indptr)
+    rows = rows_of_edges(indptr)
     for taken in (None, arg):
         actual = ops.edge_dot(rows, indices, x, grad, taken)
         magnitude = ops.edge_dot_reference(rows, indices, x.abs(), grad.abs(), taken)
@@ -253,7 +255,7 @@ def test_any_schedule_gives_the_same_integers(backend, signed):
 @graphs
 @both_signs
 def test_aggregate_rows(backend, name, signed):
-    n, m, indptr, indices, schedule = graph(name, backend)
+    n, m, indptr, indices, schedule = graph(name, backend, chunk=16)
     g = torch.Generator().manual_seed(0)
     f = 33
     counts, pos = packing.bucket_rows(packing.containers_of(torch.arange(m) % 9, signed))
@@ -263,13 +265,81 @@ def test_aggregate_rows(backend, name, signed):
     weight = torch.randn(indices.numel(), generator=g).to(backend)
     values = (step.unsqueeze(1) * packing.unpack_reference(x, pos, counts, f, signed)).abs()
     degree = int((indptr[1:] - indptr[:-1]).max()) if n else 0
-    for w, r, b, relu in ((None, None, None, False), (weight, row_scale, bias, True), (weight, None, None, False)):
+    for w, r, b, relu in ((None, None, None, False), (weight, row_scale, bias, True)):
         arguments = (indptr, indices, schedule, x, pos, counts, f, signed, step, w, r, b, relu)
         magnitude = ops.aggregate_reference(indptr, indices, schedule, values, None if w is None else w.abs(), "sum")[0]
         magnitude = (magnitude if r is None else magnitude * r.unsqueeze(1)) + (0 if b is None else b)
         actual = ops.aggregate_rows(*arguments)
         assert_sum(actual, ops.aggregate_rows_reference(*arguments), magnitude, degree)
-        assert_bitwise(ops.aggregate_rows(*arguments), actual, "second run")
+    assert_bitwise(ops.aggregate_rows(*arguments), actual, "second run")
+
+
+@both_signs
+@pytest.mark.parametrize("features", [7, 48])
+def test_aggregate_rows_exactly(backend, features, signed):
+    """Steps and weights that are small powers of two make every sum exact, so any order must give the bits of the reference: rows of all widths with
+    the extreme codes among them, and rows of one width, in a graph with hubs."""
+    g = torch.Generator().manual_seed(features)
+    m, edges = 7, [(e * e % 7, 0) for e in range(10)] + [(e, 1) for e in range(3)] + [(6, 2)]
+    indptr, indices = csr(4, edges)
+    schedule = [part.to(backend) for part in build_schedule(indptr, narrow=2, chunk=4)]
+    indptr, indices = indptr.to(backend), indices.to(backend)
+    step = torch.exp2(torch.randint(-3, 3, (m,), generator=g).float()).to(backend)
+    weight = -torch.exp2(torch.randint(-3, 3, (indices.numel(),), generator=g).float()).to(backend)
+    widths = torch.tensor([8, 4, 2, 1, 0, 3, 7])[torch.arange(m) % 7]
+    for bits in (widths, torch.full((m,), 4)):
+        counts, pos = packing.bucket_rows(packing.containers_of(bits, signed))
+        codes = torch.randint(0, 256, (m, features), generator=g)
+        codes[:, 0], codes[:, -1] = 0x80, 0xFF
+        x = packing.pack_reference(codes, pos, counts).to(backend)
+        place = None if pos is None else pos.to(backend)
+        for w in (None, weight):
+            arguments = (
+                indptr, indices, schedule, x, place, counts, features, signed, step, w, None, None, False
+            )  # fmt: skip
+            assert_bitwise(ops.aggregate_rows(*arguments), ops.aggregate_rows_reference(*arguments))
+
+
+@both_signs
+def test_edges_that_are_mostly_dropped(threads, signed):
+    """Exact sums, in which most weights are 0: of a row with more edges than are gathered at once, of rows with none left, of
+    sources whose codes are all 0, and, of those whose step is NaN or infinite, NaN whatever the codes and the weight are."""
+    g = torch.Generator().manual_seed(4)
+    n, m, features = 4300, 64, 65
+    rows = torch.cat([torch.full((9000,), 7), torch.randint(8, n - 5, (30_000,), generator=g)])
+    sources = torch.randint(0, m, rows.shape, generator=g)
+    indptr, indices = csr(n, torch.stack([sources, rows], 1).tolist())
+    schedule = build_schedule(indptr, narrow=2, chunk=4096)
+    counts = packing.uniform_counts(m, 8)
+    codes = torch.randint(-3, 4, (m, features), generator=g).masked_fill(torch.arange(m).unsqueeze(1) % 4 == 1, 0)
+    x = packing.pack_reference(codes, None, counts)
+    step = torch.exp2(torch.randint(-2, 2, (m,), generator=g).float())
+    kept = torch.rand(indices.shape, generator=g) < 0.3
+    weight = kept * torch.exp2(torch.randint(-2, 2, indices.shape, generator=g).float())
+    weight[indptr[9] : indptr[12]] = 0
+    broken = step.clone()
+    broken[3], broken[5] = math.nan, math.inf
+    bias, scale = torch.ones(features), torch.exp2(torch.arange(n) % 3)
+    for steps, finish in ((step, (None, None, False)), (broken, (scale, bias, True))):
+        arguments = (indptr, indices, schedule, x, None, counts, features, signed, steps, weight, *finish)
+        expected = ops.aggregate_rows_reference(*arguments)
+        assert bool(expected.isnan().any()) == (steps is broken)
+        for count in (1, 2):
+            threads(count)
+            assert_bitwise(ops.aggregate_rows(*arguments), expected)
+
+
+def test_edges_by_container():
+    """Row 0 from sources 0, 1, 2, 3, 1, row 1 empty, row 2 from 3 and 0; widths 2, 8, 0, 8: places 2, 0, 3, 1."""
+    from qgnn.kernels.gpu.aggregate_rows import by_container
+
+    indptr, indices = csr(3, [(0, 0), (1, 0), (2, 0), (3, 0), (1, 0), (3, 2), (0, 2)])
+    counts, pos = packing.bucket_rows(packing.containers_of(torch.tensor([2, 8, 0, 8]), True))
+    places, ends, edges, sources = by_container(pos, indptr, indices, tuple(counts))
+    assert places.tolist() == [0, 1, 0, 2, 3, 1, 2]
+    assert ends.tolist() == [[3, 3, 4, 4], [5, 5, 5, 5], [6, 6, 7, 7]]
+    assert edges.tolist() == [1, 3, 4, 0, 2, 5, 6]
+    assert sources.tolist() == [1, 3, 0, 2]
 
 
 def test_offsets_beyond_31_bits():
@@ -295,7 +365,7 @@ def test_threads_agree(name, threads):
     schedule = list(build_schedule(indptr, narrow=8, chunk=64))
     assert (schedule[2].size(0) > 0) == (name == "hub")
     x, weight, grad = normal(n, f), normal(8000, seed=1), normal(n, f, seed=2)
-    rows, by_source = ops.rows_of_edges(indptr), transposed(n, n, indptr, indices)
+    rows, by_source = rows_of_edges(indptr), transposed(n, n, indptr, indices)
     counts, pos = packing.bucket_rows(packing.containers_of(torch.arange(n) % 9, True))
     codes = torch.randint(0, 256, (n, f), generator=torch.Generator().manual_seed(3))
     mixed, four = (
@@ -346,7 +416,7 @@ def every_op(device):
     f = 9
     x, grad, weight = normal(m, f, device=device), normal(n, f, device=device), normal(indices.numel(), device=device)
     arg = ops.aggregate_reference(indptr, indices, schedule, x, None, "max")[1]
-    rows, by_source = ops.rows_of_edges(indptr), transposed(n, m, indptr, indices)
+    rows, by_source = rows_of_edges(indptr), transposed(n, m, indptr, indices)
     codes = torch.randint(0, 256, (m, f), generator=torch.Generator().manual_seed(0)).to(device)
     counts, pos = packing.bucket_rows(packing.containers_of(torch.arange(m, device=device) % 9, True))
     mixed, four = (

@@ -11,9 +11,8 @@ from torch_geometric.utils import softmax
 
 from qgnn import Graph, ops
 from qgnn.kernels import attention
-from qgnn.kernels.aggregate import rows_of_edges
 from qgnn.kernels.backend import implementation, use_backend
-from qgnn.kernels.schedule import build_schedule
+from qgnn.kernels.schedule import build_schedule, rows_of_edges
 
 from .assertions import assert_bitwise, assert_sum
 from .test_aggregate import GRAPHS, csr, graphs, normal, random_edges, transposed

@@ -1,11 +1,13 @@
 """Energy of a GPU: the kernel list against what PyG launches, the model's formula, the protocol against a counter that is known, the command."""
 
 import csv
+import ctypes
 import json
 import math
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,6 +22,7 @@ from qgnn.accel.gpu import LAUNCH_SECONDS, Gpu, Kernel, find_gpu, fp32_kernels, 
 from qgnn.accel.simulator import simulate
 from qgnn.accel.workload import Layer, Workload
 from qgnn.perf import energy
+from qgnn.perf.meter import TURN_SECONDS, Counter, Measured, Meter, Trial
 
 INDPTR, INDICES = np.array([0, 3, 3, 4, 8, 9]), np.array([0, 1, 4, 2, 0, 1, 2, 3, 4])
 
@@ -157,8 +160,8 @@ class FakeGpu:
     def millijoules(self) -> int:
         return int(self.shown) % self.wrap
 
-    def meter(self, device: str = "cpu") -> energy.Meter:
-        return energy.Meter(self, device, self.synchronize, lambda: self.now, self.sleep)
+    def meter(self, device: str = "cpu") -> Meter:
+        return Meter(self, device, self.synchronize, lambda: self.now, self.sleep)
 
 
 @pytest.mark.parametrize("update", [0.02, 0.05, 0.1])
@@ -169,14 +172,12 @@ def test_gross_net_and_idle(seconds: float, update: float) -> None:
     gpu = FakeGpu(seconds, update)
     progress: list[tuple[int, int]] = []
     found = gpu.meter().measure(gpu.call, lambda done, total: progress.append((done, total)))
-    age = min(max(energy.TURN_SECONDS, seconds), update)
+    age = min(max(TURN_SECONDS, seconds), update)
     assert found.seconds == pytest.approx(seconds, rel=1e-6)
     assert found.joules == pytest.approx(300 * seconds, rel=age / 5 + 1e-5)
     idle = [t.idle_w for t in found.trials]
-    assert idle == pytest.approx([60] * 5, rel=min(energy.TURN_SECONDS, update) / 2 + 1e-4)
-    assert found.net_joules == pytest.approx(
-        240 * seconds, rel=1.25 * age / 5 + 60 / 240 * energy.TURN_SECONDS / 2 + 1e-3
-    )
+    assert idle == pytest.approx([60] * 5, rel=min(TURN_SECONDS, update) / 2 + 1e-4)
+    assert found.net_joules == pytest.approx(240 * seconds, rel=1.25 * age / 5 + 60 / 240 * TURN_SECONDS / 2 + 1e-3)
     assert found.low_joules <= found.joules <= found.high_joules
     assert progress == [(n, 5) for n in range(1, 6)]
     assert (
@@ -185,8 +186,8 @@ def test_gross_net_and_idle(seconds: float, update: float) -> None:
 
 
 def test_the_median_of_the_trials() -> None:
-    trials = tuple(energy.Trial(s, j, 10.0) for s, j in ((1, 50), (1, 30), (2, 40), (1, 90), (1, 31)))
-    found = energy.Measured(trials)
+    trials = tuple(Trial(s, j, 10.0) for s, j in ((1, 50), (1, 30), (2, 40), (1, 90), (1, 31)))
+    found = Measured(trials)
     assert (found.seconds, found.joules, found.low_joules, found.high_joules) == (1, 40, 30, 90)
     assert found.net_joules == 21  # of 40, 20, 20, 80, 21: in each trial net of its own idle energy
 
@@ -198,8 +199,8 @@ def test_a_counter_that_wraps_in_a_window_is_read_anew(after: int) -> None:
     gpu.wrap = 5_000_000 + 1000 * after
     found = gpu.meter().measure(gpu.call)
     assert gpu.total > gpu.wrap, "it did wrap"
-    assert found.high_joules == pytest.approx(0.3, rel=energy.TURN_SECONDS / 5 + 1e-5)
-    assert found.low_joules == pytest.approx(0.3, rel=energy.TURN_SECONDS / 5 + 1e-5)
+    assert found.high_joules == pytest.approx(0.3, rel=TURN_SECONDS / 5 + 1e-5)
+    assert found.low_joules == pytest.approx(0.3, rel=TURN_SECONDS / 5 + 1e-5)
 
 
 def test_a_counter_that_does_not_work_is_said() -> None:
@@ -246,7 +247,7 @@ def a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_counter_is_that_of_torchs_gpu(a_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pynvml", FakeNvml())
     meter = energy.chosen(None)
-    assert isinstance(meter, energy.Meter) and meter.device == "cuda"
+    assert isinstance(meter, Meter) and meter.device == "cuda"
     assert (meter.counter.name, meter.counter.millijoules()) == ("A GPU", 77)
     assert energy.chosen("h200") == gpus()["h200"], "one that is named is modelled"
 
@@ -268,8 +269,43 @@ def test_a_counter_that_may_not_be_read_is_said(
         energy.chosen(None)
 
 
+class FakeLibrary:
+    """The driver's library, without pynvml: every call answers with a code, and gives through pointers."""
+
+    def __init__(self, **fails: int) -> None:
+        self.fails = fails
+        self.nvmlErrorString = lambda code: {15: b"GPU is lost"}[code]
+
+    def nvmlInit_v2(self) -> int:
+        return self.fails.get("init", 0)
+
+    def nvmlDeviceGetHandleByUUID(self, uuid: bytes, handle: Any) -> int:
+        assert uuid == b"GPU-12-34", "the one that torch computes on"
+        handle._obj.value = 5
+        return 0
+
+    def nvmlDeviceGetTotalEnergyConsumption(self, handle: ctypes.c_void_p, millijoules: Any) -> int:
+        assert handle.value == 5
+        millijoules._obj.value = 2**40
+        return self.fails.get("energy", 0)
+
+
+def _absent(name: str) -> Any:
+    raise OSError(f"{name} is not there")
+
+
+def test_without_pynvml_the_drivers_library_is_asked(a_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: FakeLibrary())
+    assert Counter().millijoules() == 2**40, "64 bits"
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: FakeLibrary(energy=15))
+    with pytest.raises(ValueError, match=r"of A GPU cannot be read \(GPU is lost\)"):
+        Counter()
+
+
 def test_the_missing_library_is_named(a_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pynvml", None)
+    monkeypatch.setattr(ctypes, "CDLL", _absent)
     with pytest.raises(ValueError, match="pip install nvidia-ml-py; or name a GPU with --gpu"):
         energy.chosen(None)
 
@@ -358,7 +394,7 @@ def test_measured_rows_have_both_programs(folder: Path) -> None:
         assert row[f"{side}_joules"] == pytest.approx(90, rel=0.02 / 5)  # the counter's age, of 5 s
         assert row[f"{side}_net_joules"] == pytest.approx(72, rel=0.02)
     assert row["ratio"] == row["gpu_joules"] / row["accelerator_joules"]
-    parts, beside = cli._energy_tables([row])
+    parts, beside = cli.simulate._energy_tables([row])
     assert (parts.row_count, beside.row_count) == (1, 2)
     assert "net of\nidle" in [column.header for column in beside.columns]
 

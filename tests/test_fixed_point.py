@@ -6,6 +6,7 @@ from qgnn.kernels import fixed_point as kernels
 from qgnn.kernels import packing
 from qgnn.kernels.backend import current_backend
 from qgnn.kernels.random import NEAREST
+from qgnn.kernels.ranges import range_parameters
 
 from .assertions import EPSILON, assert_bitwise
 
@@ -53,7 +54,7 @@ def test_hand_computed():
     x = torch.tensor([[-0.5, -3.0, 0.25, 0.3, 0.75, 1.0, 2.0, float("nan")]])
     low, high = torch.tensor([-0.5]), torch.tensor([1.0])
     for signed, offset, codes in ((True, 1, [-2, -2, 0, 0, 0, 1, 1, -2]), (False, -1, [0, 0, 2, 2, 2, 3, 3, 0])):
-        quantizer = *kernels.range_parameters(low, high, 2, signed), 2, signed
+        quantizer = *range_parameters(low, high, 2, signed), 2, signed
         assert [t.item() for t in quantizer[:2]] == [0.5, offset]
         assert kernels.codes_reference(x, *quantizer, NEAREST).tolist() == [codes]
         expected = torch.tensor([[-0.5, -0.5, 0.5, 0.5, 0.5, 1.0, 1.0, float("nan")]])
@@ -153,7 +154,7 @@ def test_whole_numbers_of_steps_stay():
 def test_range(bits, signed):
     low, high = torch.tensor([-0.3, 0.2, -7.0, 1e38, -3e38]), torch.tensor([1.7, 0.9, -2.0, 2e38, 3e38])
     x = torch.stack([low, high], 1)
-    parameters = kernels.range_parameters(low, high, bits, signed)
+    parameters = range_parameters(low, high, bits, signed)
     codes = kernels.codes_reference(x, *parameters, bits, signed, NEAREST)
     assert codes.tolist() == [list(packing.code_range(bits, signed))] * 5
     value = kernels.fixed_point_reference(x, *parameters, bits, signed, NEAREST)
@@ -271,3 +272,56 @@ def test_width_and_seed_compile_nothing():
     for bits, signed, seed in ((2, False, NEAREST), (7, True, 3), (8, False, 2**32 - 1)):
         agree(x, scale, offset, bits, signed, seed)
     assert [len(loop.signatures) for loop in loops] == compiled
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (19, 6), (70, 128), (129, 75)], ids=str)
+@both_roundings
+def test_own_range(backend, shape, seed):
+    for bits, scaled in ((8, False), (8, True), (4, True)):
+        x, _, _ = problem(*shape, bits, True, False, backend)
+        factor = torch.rand(shape[0], generator=torch.Generator().manual_seed(3)).to(backend) if scaled else None
+        empty = torch.arange(shape[0], device=x.device).unsqueeze(1) % 3 == 1  # rows of zeros, which draw nothing
+        for values in (x.nan_to_num(1, 1), x.masked_fill(x.isinf(), 1), torch.zeros_like(x)):
+            values = values.masked_fill(empty, 0)
+            data, scale = kernels.own_range_codes(values, factor, bits, seed)
+            expected, expected_scale = kernels.own_range_codes_reference(values, factor, bits, seed)
+            assert_bitwise(scale, expected_scale, "scale")
+            assert_bitwise(data, expected, "codes")
+            turned = kernels.transpose_codes_reference(data, *shape)
+            assert_bitwise(kernels.transpose_codes(data, *shape), turned, "transposed")
+            assert_bitwise(kernels.transpose_codes(turned, shape[1], shape[0]), data, "turned back")
+
+
+@both_roundings
+def test_own_range_with_threads(threads, seed):
+    x, factor = torch.randn(4100, 65), torch.rand(4100)
+    infinite = x[:9].masked_fill(x[:9] < -2, -torch.inf)
+    for result, wanted in zip(
+        *(f(infinite, None, 8, seed) for f in (kernels.own_range_codes, kernels.own_range_codes_reference)), strict=True
+    ):
+        assert_bitwise(result, wanted)
+    expected = kernels.own_range_codes_reference(x, factor, 7, seed)
+    for count in (1, 2):
+        threads(count)
+        for result, wanted in zip(kernels.own_range_codes(x, factor, 7, seed), expected, strict=True):
+            assert_bitwise(result, wanted)
+        turned = kernels.transpose_codes(expected[0], 4100, 65)
+        assert_bitwise(turned, kernels.transpose_codes_reference(expected[0], 4100, 65))
+
+
+@pytest.mark.parametrize("shape", [(170, 6), (171, 6), (1025, 1), (3000, 15), (40_000, 6)], ids=str)
+@both_roundings
+def test_codes_of_narrow_maps(threads, shape, seed):
+    """Whose rows the CPU joins, but for the last ones, and for those that draw."""
+    x, scale, offset = problem(*shape, 8, True, False, "cpu")
+    expected = kernels.fixed_point_codes_reference(x, scale, offset, 8, True, seed)
+    for count in (1, 2):
+        threads(count)
+        assert_bitwise(kernels.fixed_point_codes(x, scale, offset, 8, True, seed), expected)
+
+
+def test_own_range_opcheck(backend):
+    x, factor = torch.randn(5, 19, device=backend), torch.rand(5, device=backend)
+    for given in (None, factor):
+        torch.library.opcheck(kernels.own_range_codes, (x, given, 6, NEAREST))
+    torch.library.opcheck(kernels.transpose_codes, (kernels.own_range_codes(x, None, 6, NEAREST)[0], 5, 19))

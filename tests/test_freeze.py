@@ -8,7 +8,6 @@ import io
 import threading
 import weakref
 
-import numba
 import pytest
 import torch
 import torch.nn.functional as F
@@ -568,6 +567,8 @@ def test_the_model_is_not_changed():
 
 @pytest.mark.parametrize("kind", ["gcn", "gat", "gin", "sage"])
 def test_bound_and_called_give_the_same_bits_every_time(kind):
+    import numba  # the other tests of this file need none
+
     torch.manual_seed(12)
     data = graph_data()
     for scheme in ("int8", "a2q"):

@@ -143,7 +143,18 @@ print({"triton", "numba", "torch_geometric"} & set(sys.modules), torch.cuda.is_i
 
 def test_public_names() -> None:
     modules = {"accel", "data", "kernels", "nn", "ops", "quant", "train"}
-    callables = {"Graph", "QTensor", "calibrate", "convert", "export_workload", "freeze", "load", "patch_pyg", "save"}
+    callables = {
+        "Graph",
+        "QTensor",
+        "QuantizedFeatureStore",
+        "calibrate",
+        "convert",
+        "export_workload",
+        "freeze",
+        "load",
+        "patch_pyg",
+        "save",
+    }
     callables |= {"use_backend"}
     assert set(qgnn.__all__) == modules | callables | {"__version__"}
     assert set(qgnn.__all__) <= set(dir(qgnn))

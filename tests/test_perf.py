@@ -159,7 +159,7 @@ def test_every_suite_runs_and_every_candidate_is_checked() -> None:
 def test_csr_peers_compute_what_pyg_does(kind: str) -> None:
     """In FP64, but for the factors of the CSR matrices, which are made in FP32: three roundings in each of two layers, at most ``6 * 2^-24`` of
     values that are of the order of 1."""
-    at = Scene(GRAPH, "cpu")
+    at = Scene.load(GRAPH, "cpu")
     x = at.features(16).double()
     network = networks.NETWORKS[kind](16, 32, 2, 5).double().eval()
     torch.testing.assert_close(on_csr(network, at)(x, at.edge_index), network(x, at.edge_index), rtol=1e-6, atol=1e-6)
@@ -184,7 +184,7 @@ def test_failing_candidates_are_rows_and_the_others_go_on() -> None:
         memory=raises(MemoryError("no more")),
         broken=raises(RuntimeError("why")),
     )
-    rows = {row.candidate: row for row in bench.measure("test", case, 2, "cpu")}
+    rows = {row.candidate: row for row in bench.measure("test", case, bench.Limits(2), "cpu")}
     assert rows["good"].status == "ok" and rows["good"].timing is not None
     assert {name: (row.status, row.reason) for name, row in rows.items() if name != "good"} == {
         "wrong": ("wrong", "differs from the reference, which it must equal to the bit"),
@@ -197,9 +197,20 @@ def test_failing_candidates_are_rows_and_the_others_go_on() -> None:
 def test_without_a_baseline_there_are_no_ratios() -> None:
     broken = Candidate("base", lambda: lambda: torch.zeros(3), bench.equal_to(lambda: torch.ones(3)))
     other = ready("other", lambda: torch.ones(3), bench.equal_to(lambda: torch.ones(3)))
-    base, rest = bench.measure("test", Case("shape", [broken, other]), 2, "cpu")
-    assert (base.status, rest.status, rest.timing) == ("wrong", "failed", None)
-    assert rest.reason == "there is no baseline: base failed"
+    base, rest = bench.measure("test", Case("shape", [broken, other]), bench.Limits(2), "cpu")
+    assert (base.status, rest.status) == ("wrong", "ok")
+    assert rest.timing is not None and rest.timing.ratio is None and rest.timing.ms[1] > 0
+
+
+def test_bound_models_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU there are as many as there are copies of the features, each bound to its own."""
+    monkeypatch.setattr(networks, "copies", lambda x, device: [x, x.clone(), x.clone()])
+    case = networks.model(Scene.load(GRAPH, "cpu"), "gcn", ("torch-csr-fp32", "qgnn-int8-bound"), width=16)
+    rows = bench.measure("model", case, bench.Limits(2), "cpu")
+    assert [(row.status, row.reason) for row in rows] == [("ok", "")] * 2
+    run = case.candidates[1].build()
+    first, *others = (run() for _ in range(3))
+    assert all(torch.equal(first, other) for other in others)
 
 
 def test_messages_that_do_not_fit_are_not_made(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -240,6 +251,46 @@ def test_an_integer_model_of_other_weights_is_wrong(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(networks, "freeze", other)
     found = {r["status"] for r in measured("cpu") if r["operation"] == "layer" and "int" in str(r["candidate"])}
     assert found == {"wrong"}
+
+
+# The suite "gpu"
+
+
+def gpu_row(operation: str, shape: str, candidate: str, ms: float, **more: table.Value) -> dict[str, table.Value]:
+    """Made by hand: no GPU measured it."""
+    found: dict[str, table.Value] = dict.fromkeys(table.COLUMNS, "")
+    found |= {"operation": operation, "shape": shape, "candidate": candidate, "baseline": "torch-csr-fp32"}
+    found |= {"status": "ok", "ms_20": ms, "ms_50": ms, "ms_80": ms, "date": "2026-01-01", "device": "made by hand"}
+    return found | {f"ratio_{q}": 40 / ms for q in (20, 50, 80)} | more
+
+
+BY_HAND = [
+    gpu_row("machine", "4 GB", "copy", 1.0, bytes=4e9, baseline="copy"),
+    gpu_row("machine", "n", "int8-product", 1.0, operations=1e12, baseline="int8-product"),
+    gpu_row("aggregate", "reddit-size F=128", "torch-csr-fp32", 40.0),
+    gpu_row("aggregate", "reddit-size F=128", "qgnn-fp32", 20.0, bytes=6e10, operations=1.5e10, bound=0.75),
+    gpu_row("aggregate", "reddit-size F=128", "qgnn-int8", 20.0, bytes=1.5e10, operations=1.5e10),
+]
+
+
+def test_targets_are_met_short_or_not_measured() -> None:
+    shown = table.tables(BY_HAND)["targets"].splitlines()
+    assert "| aggregate, reddit-size F=128: qgnn-fp32 over torch-csr-fp32 | 1.2 | 2.00 | met |" in shown
+    assert "| aggregate, reddit-size F=128: qgnn-int8 over torch-csr-fp32 | 3.5 | 2.00 | short by 1.75 x |" in shown
+    assert "| aggregate, reddit-size F=128: qgnn-int4 over torch-csr-fp32 | 6 |  | not measured |" in shown
+    assert "| aggregate, reddit-size F=128: qgnn-fp32, share of the bound | 0.7 | 0.75 | met |" in shown
+    assert shown[-1] == "| two calls of ours give equal bits | 2 | 2 | met |"
+
+
+def test_plots_are_made_of_rows_alone(tmp_path: Path) -> None:
+    results = tmp_path / "rows.csv"
+    table.append(results, BY_HAND)
+    command("plot", str(results), "--out", str(tmp_path / "plots"))
+    roofline = (tmp_path / "plots/roofline.svg").read_text()
+    assert "copy 4 TB/s, int8 product 1e+03 TOP/s" in roofline and "made by hand" in roofline
+    assert "reddit-size F=128: qgnn-int8" in (tmp_path / "plots/speedup-aggregate.svg").read_text()
+    table.append(tmp_path / "none.csv", [record("torch-csr-fp32", 1, status="failed", ms_50=None)])
+    assert "nothing to plot" in command("plot", str(tmp_path / "none.csv"), code=2).stderr
 
 
 # The file and its tables

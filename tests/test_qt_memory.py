@@ -18,9 +18,9 @@ from qgnn.data import Dataset, GraphDataset, load
 from qgnn.experiments import compare, densities, table
 from qgnn.experiments.reproduce import Plan
 from qgnn.kernels.fixed_point import fixed_point as fused_fixed_point
-from qgnn.kernels.fixed_point import range_parameters
 from qgnn.kernels.msfp import msfp as fused_msfp
 from qgnn.kernels.random import NEAREST
+from qgnn.kernels.ranges import range_parameters
 from qgnn.memory import SavedTensors, allocated_peak
 from qgnn.perf import memory
 from qgnn.perf.emulation import emulate, fixed_point, msfp
@@ -199,6 +199,16 @@ def test_memory_prints_a_row_for_each_scheme(tmp_path: Path) -> None:
     assert {row["hidden"] for row in rows} == {16}
     for words in ("feature", "emulated", "sdq:8,4: bytes kept by each layer", "convs.1"):
         assert words in result.output
+
+
+def test_names_of_schemes_are_printed_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    name = "fixed-8/messages=4/weights=4/gradients=6"
+    result = run("memory", "--dataset", "digits", "--hidden", "16", "--scheme", name)
+    assert result.exit_code == 0, result.output
+    sizes = result.output.partition("The same, as ratios")[0].splitlines()
+    start = next(i for i, line in enumerate(sizes) if "──" in line) + 1
+    assert "".join(line.split()[0] for line in sizes[start:] if line.strip()) == name
 
 
 @pytest.mark.parametrize(

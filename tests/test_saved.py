@@ -15,8 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 import qgnn
 from qgnn.features import SparseFeatures
-from qgnn.kernels.fixed_point import range_parameters
 from qgnn.kernels.packing import tight_bytes
+from qgnn.kernels.ranges import range_parameters
 from qgnn.memory import SavedTensors
 from qgnn.models import GAT, GCN, GIN, GraphSAGE, PooledGIN
 from qgnn.nn import GCNConv, Linear

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qgnn.kernels.schedule import build_schedule, slot_count
+from qgnn.kernels.schedule import CHUNK, build_schedule, chunk_of, slot_count
 
 
 def offsets(degrees, dtype=torch.int32):
@@ -26,6 +26,24 @@ def test_unsorted():
     assert schedule.order.tolist() == [0, 1, 2, 3]
     assert schedule.segments.shape == (0, 5) and schedule.hubs.shape == (0, 3)
     assert slot_count(schedule) == 0
+
+
+def test_local_order():
+    # powers of two below: 8 (rows 1 and 4), 4 (row 3), 1 (rows 0 and 5), none (row 2)
+    indptr = offsets([1, 9, 0, 5, 15, 1])
+    assert build_schedule(indptr, local=True).order.tolist() == [1, 4, 3, 0, 5, 2]
+    assert build_schedule(indptr).order.tolist() == [4, 1, 3, 0, 5, 2]
+    # rows beyond the narrow ones come first, though row 1 has no more bits than row 3
+    schedule = build_schedule(offsets([1, 7, 0, 5]), local=True, narrow=6)
+    assert schedule.segments[:, 0].tolist() == [1] and schedule.order.tolist() == [3, 0, 2]
+
+
+def test_segments_of_a_small_graph_are_short():
+    # Cora, ogbn-arxiv made symmetric, ogbn-products, Reddit
+    assert [chunk_of(edges) for edges in (10_556, 2_315_598, 123_718_280, 114_615_892)] == [256, 256, CHUNK, CHUNK]
+    assert chunk_of(8 * 2**20) == 1024
+    degrees = [700, 512, 513]
+    assert build_schedule(offsets(degrees)).hubs[:, 0].tolist() == [0, 2]
 
 
 def test_empty_graph():

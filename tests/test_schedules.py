@@ -13,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qgnn import data, quant, train
+from qgnn import data, models, quant, train
 from qgnn.quant.schedules import ADQ, SDQ
 from qgnn.recipes import Recipe, recipe_for
 
@@ -141,3 +141,28 @@ def test_a_resumed_run_continues_the_schedule(tmp_path: Path, scheme: str, monke
         assert {**again.record, "train_step_ms": 0} == {**whole.record, "train_step_ms": 0}
     for a, b in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("scheme", ["sdq:8,6,4,4", "sdq:16,13/over=msfp", "adq:2,8/over=dq"])
+def test_a_model_is_loaded_with_the_width_it_was_left_with(scheme: str, tmp_path: Path) -> None:
+    def made() -> torch.nn.Module:
+        torch.manual_seed(0)
+        return models.GCN(64, 8, 10, scheme=scheme).eval()
+
+    def widths(model: torch.nn.Module) -> set[int]:
+        return {m.width for m in model.modules() if isinstance(m, quant.Quantizer | quant.RangeQuantizer)}
+
+    ours, inputs = made(), (DIGITS.data.x, DIGITS.data.edge_index)
+    (own,), other = widths(ours), {"sdq:8,6,4,4": 4, "sdq:16,13/over=msfp": 13, "adq:2,8/over=dq": 5}[scheme]
+    assert own != other
+    ours(*inputs)  # the first batch sets the ranges
+    first = ours.state_dict()
+    assert not any(name.endswith("width") for name in first), "state dicts of one width are as they were"
+    quant.set_width(ours, other)
+    torch.save(ours.state_dict(), tmp_path / "state.pt")
+    theirs = made()
+    theirs.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert widths(theirs) == {other}
+    torch.testing.assert_close(theirs(*inputs), ours(*inputs), rtol=0, atol=0)
+    theirs.load_state_dict(first)
+    assert widths(theirs) == {own}, "what has no width in it is of the scheme's own"

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -280,6 +282,9 @@ def test_what_fails_twice_is_given_up_until_the_next_command(tmp_path: Path, mon
     invoke(*arguments(tmp_path, "--resume", text=text), code=1)
     assert attempts(tmp_path) == sorted([*first, ("dq-int4", 1, "done", 2), ("fp32", 1, "done", 3)])
     assert dict(zip(table(tmp_path)["scheme"], table(tmp_path)["not_done"], strict=True)) == {"dq-int4": 1, "fp32": 0}
+    changed = invoke(*arguments(tmp_path, "--resume", text=text.replace(', "dq-int4"', "")))
+    assert "no result" not in changed.stdout, "the grid no longer asks for what diverged"
+    assert changed.stdout == view.markdown(table(tmp_path)), "the table is of the whole folder"
 
 
 @pytest.mark.parametrize(
@@ -292,6 +297,9 @@ def test_what_fails_twice_is_given_up_until_the_next_command(tmp_path: Path, mon
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes"), "out of memory"),
         (ValueError("no such fold"), "failed"),
         (KeyError("x"), "failed"),
+        (torch.AcceleratorError("an illegal memory access was encountered"), "crashed"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm`"), "crashed"),
+        (RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered"), "crashed"),
     ],
 )
 def test_what_ends_a_training_has_a_name(
@@ -304,6 +312,43 @@ def test_what_ends_a_training_has_a_name(
     setup = workers.Setup(parquet.ParquetFolder(tmp_path), None, "cpu", torch.get_num_threads())
     found = workers.outcome(Cell("digits", "gcn", "fp32", RECIPES["gcn", "fp32", "digits"], 0), setup)
     assert isinstance(found, workers.Failure) and found.status == status and found.reason
+
+
+BROKEN_GPU = """
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+@dataclass(frozen=True)
+class Trial:
+    marks: Path
+    number = 0
+
+    def watch(self, curve):
+        (self.marks / str(os.getpid())).touch()
+        if len(list(self.marks.iterdir())) == 1:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered\\nwith more lines")
+"""
+"""A trial that fails in every training of the first process that has one."""
+
+
+def test_a_gpu_error_ends_its_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    marks = tmp_path / "marks"
+    marks.mkdir()
+    (tmp_path / "broken_gpu.py").write_text(BROKEN_GPU, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)  # which processes that are spawned take over
+    trial = importlib.import_module("broken_gpu").Trial(marks)
+    text = (
+        GRID.replace('"gcn", "gin"', '"gcn"').replace("[4, 8]", "4").replace(', "dq-int4"', "").partition("exclude")[0]
+    )
+    ledger = parquet.Ledger(parquet.ParquetFolder(tmp_path / "out"))
+    whole = sweep.Whole(grid.groups(grid.parse("tiny", text)), ledger)
+    whole._missing = [replace(cell, trial=trial) for cell in whole._missing]
+    sweep.train(whole, ledger)
+    assert attempts(tmp_path) == [("fp32", 0, "crashed", 1), ("fp32", 0, "done", 2), ("fp32", 1, "done", 1)]
+    (reason,) = {row["reason"] for row in parquet.read(tmp_path / "out").to_pylist()} - {None}
+    assert reason == "CUDA error: an illegal memory access was encountered"
+    assert len(list(marks.iterdir())) == 2 and not active_children()
 
 
 def test_no_kill_loses_or_repeats_a_training(
@@ -443,11 +488,41 @@ def test_ray_trains_the_same_and_a_crash_is_tried_once_more(
     fatal_once.__module__ = "__main__"  # so that it is sent whole, not by name
     monkeypatch.setattr(cluster, "outcome", fatal_once)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    invoke(*arguments(tmp_path, "--engine", "ray"))
-    pd.testing.assert_frame_equal(table(tmp_path), table(undisturbed), check_exact=True)
+    part = (
+        GRID.replace("seeds = 2", "seeds = 1")
+        .replace('"gcn", "gin"', '"gcn"')
+        .replace("[4, 8]", "8")
+        .partition("exclude")[0]
+    )
+    invoke(*arguments(tmp_path, "--engine", "ray", text=part))
+    rows, whole = (view.runs(folder / "out") for folder in (tmp_path, undisturbed))
+    names = [*view.RUN, *view.MEANS]
+    whole = whole[(whole["model"] == "gcn") & (whole["hidden"] == 8) & (whole["seed"] == 0)]
+    pd.testing.assert_frame_equal(rows[names], whole[names].reset_index(drop=True), check_exact=True)
     (crash,) = (row for row in parquet.read(tmp_path / "out").to_pylist() if row["status"] != "done")
     assert (crash["status"], crash["attempt"], crash["scheme"]) == ("crashed", 1, "dq-int4")
     assert "WorkerCrashedError" in crash["reason"]
+
+
+def test_a_cluster_that_does_not_answer_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Something listens at the address, and says nothing: Ray alone would try for two minutes, and then end the process."""
+    monkeypatch.setattr(cluster, "ANSWERS", 3.0)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"127.0.0.1:{silent.getsockname()[1]}"
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        start = time.monotonic()
+        result = invoke(*arguments(tmp_path, "--engine", "ray"), code=2)
+    assert time.monotonic() - start < 30
+    assert result.stderr == (
+        f"qgnn: Ray cannot be reached at RAY_ADDRESS={address} (nothing answered within 3 seconds); start it there, or unset RAY_ADDRESS to "
+        "have it started here\n"
+    )
+    monkeypatch.setenv("RAY_ADDRESS", "nonsense")
+    monkeypatch.setattr(cluster, "ANSWERS", 60.0)
+    assert (
+        "Ray cannot be reached at RAY_ADDRESS=nonsense ("
+        in invoke(*arguments(tmp_path, "--engine", "ray"), code=2).stderr
+    )
 
 
 # Searches
@@ -490,6 +565,9 @@ def test_a_search_prunes_and_finds(searched: Path) -> None:
             assert value == pytest.approx(own["val_acc"].mean(), rel=1e-12)
             assert set(seen) == {1, 2, 4}, "the rungs of 5 epochs"
     assert all(1e-4 <= p["lr"] <= 0.1 and p["layers"] in (1, 2) for _, _, _, p, _ in found)
+    ledger = parquet.Ledger(parquet.ParquetFolder(searched / "out"))
+    asked = grid.parse("tiny", SEARCH)
+    pd.testing.assert_frame_equal(view.among(rows, sweep.plan(asked, grid.groups(asked), ledger).keys()), rows)
 
 
 def test_an_interrupted_search_goes_on_as_if_nothing_had_been(

@@ -90,7 +90,7 @@ def test_fp32_runs_the_recipe_of_quantized_training() -> None:
     for model, _, place in rows:
         fp32, fixed, msfp = (RECIPES[model, method, place] for method in ("fp32", "fixed", "msfp"))
         assert fixed == msfp and (fixed.warmup, fixed.distill) == (0, 0)
-        names = ("warmup", "epochs", "dropout", "lr", "distill")
+        names = ("warmup", "epochs", "dropout", "lr", "distill", "halve_every")
         assert fp32.changed(settings={name: str(getattr(fixed, name)) for name in names}) == fixed
 
 
@@ -274,10 +274,11 @@ def test_sampled_nodes_and_links_train(tmp_path: Path) -> None:
     assert record["test_acc"] > 60, "neighbours in the graph have similar digits; chance is 50 %"
 
 
-def test_node_level_a2q_takes_no_sampled_batches() -> None:
-    recipe = dataclasses.replace(small("a2q")[0], batch=64, fanout=4)
-    with pytest.raises(ValueError, match='sampled batches hold other nodes each time: use "a2q-nns"'):
-        train.train(DIGITS, "sage", "a2q", 0, recipe=recipe)
+def test_node_level_a2q_trains_on_sampled_batches_of_a_feature_store() -> None:
+    recipe = dataclasses.replace(small("a2q")[0], batch=64, fanout=4, feature_bits=4, epochs=1)
+    assert train.train(DIGITS, "sage", "a2q", 0, recipe=recipe).record["test_acc"] > 20, "chance is 10 %"
+    with pytest.raises(ValueError, match="set fanout"):
+        train.train(DIGITS, "sage", "fp32", 0, recipe=dataclasses.replace(recipe, fanout=0, batch=0))
 
 
 @pytest.mark.parametrize(("scheme", "bits"), [("fp16", 16), ("bi", 1)])

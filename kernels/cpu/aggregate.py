@@ -123,6 +123,85 @@ def _run_sum(
         _sum(0, plan.hubs.shape[0], *common, plan.hubs, *tail)
 
 
+KEPT = 4096
+"""Edges that are gathered before they are summed: their sources and factors lie in the first cache."""
+
+
+@kernel
+def _sum_kept(lo, hi, longest, indptr, indices, x, step, weight, row_scale, bias, relu, past_cache, out):
+    """Sums of codes in rows ``lo`` to ``hi`` without the edges whose factor is 0. Leaving them out takes no branch, which could not be foreseen."""
+    sources, factors = np.zeros(longest + KEPT, indices.dtype), np.empty(longest + KEPT, np.float32)
+    pointers, values = np.zeros(KEPT + 1, np.int64), np.empty((1, out.shape[1]), np.float32)
+    row = lo
+    while row < hi:
+        # Places without a sign: Numba counts negative ones from the end, and asks for it at every access.
+        first, count = row, np.uint64(0)
+        while row < hi and row - first < KEPT and count < np.uint64(KEPT):
+            for e in range(np.uint64(indptr[row]), np.uint64(indptr[row + 1])):
+                factor = step[np.uint64(indices[e])] * weight[e]
+                sources[count], factors[count] = indices[e], factor
+                count += np.uint64(factor != 0)
+            row += 1
+            pointers[row - first] = count
+        for i in range(first, row):
+            sum_row(
+                sources[: np.int64(count)], pointers[i - first], pointers[i - first + 1], x, None, factors, values, 0
+            )
+            _finish_sum(i, 0, False, row_scale, bias, relu, values)
+            stream_row(values, 0, out, i, past_cache)
+    drain()
+
+
+@parallel_kernel
+def _sum_kept_parallel(bounds, longest, indptr, indices, x, step, weight, row_scale, bias, relu, past_cache, out):
+    for part in numba.prange(bounds.size - 1):
+        _sum_kept(
+            bounds[part], bounds[part + 1], longest, indptr, indices, x, step, weight, row_scale, bias, relu,
+            past_cache, out,
+        )  # fmt: skip
+
+
+@kernel
+def _often_zero(values):
+    """Whether so many are 0 that leaving their edges out is faster. 105,165 edges, rows of 128 bytes, one thread of Zen 4: with 0, 25, 50 and 90 % of
+    zeros 571, 451, 340 and 173 µs; all edges 480."""
+    zeros = 0
+    for e in range(values.size):
+        zeros += np.int64(values[e] == 0)
+    return 4 * zeros > values.size
+
+
+@kernel
+def _without_zero_rows(codes, step):
+    """``step``, but 0 for rows whose codes are all 0. NaN and infinity stay: they make NaN of a 0."""
+    left = step.copy()
+    for i in range(step.size):
+        some = np.uint8(0)
+        for k in range(codes.shape[1]):
+            some = codes[i, k] if codes[i, k] > some else some
+        if not some and step[i] - step[i] == 0:
+            left[i] = 0
+    return left
+
+
+def _run_kept(
+    indptr: Tensor, indices: Tensor, schedule: Sequence[Tensor], x: Array, step: Array, weight: Array,
+    row_scale: Array, bias: Array, relu: bool, out: Array,
+) -> None:  # fmt: skip
+    plan = plan_of(indptr, indices, schedule)
+    tail = (
+        plan.longest, plan.indptr, plan.indices, x, step, weight, row_scale, bias, relu, out.nbytes >= PAST_CACHE_BYTES, out,
+    )  # fmt: skip
+    parts = parts_for(plan.edges * x.shape[1] // SUMS)
+    if parts > 1:
+        bounds = np.searchsorted(plan.indptr, even_bounds(plan.edges, parts))
+        bounds[0], bounds[-1] = 0, plan.n
+        with parallel_lock:
+            _sum_kept_parallel(bounds, *tail)
+    else:
+        _sum_kept(0, plan.n, *tail)
+
+
 def aggregate(
     indptr: Tensor, indices: Tensor, schedule: Sequence[Tensor], x: Tensor, weight: Tensor | None, reduce: str
 ) -> tuple[Tensor, Tensor]:
@@ -222,8 +301,15 @@ def aggregate_rows(
         else:
             _unpack(0, sources, *arguments)
     out = empty((indptr.numel() - 1, features), torch.float32)
-    _run_sum(
-        indptr, indices, schedule, codes, array(step), None if weight is None else array(weight), False,
-        optional(row_scale, torch.float32), optional(bias, torch.float32), relu, out.numpy(),
-    )  # fmt: skip
+    graph, finish = (
+        (indptr, indices, schedule),
+        (optional(row_scale, torch.float32), optional(bias, torch.float32), relu),
+    )
+    factors, steps = None if weight is None else array(weight), array(step)
+    if factors is not None:
+        left = _without_zero_rows(codes.view(np.uint8), steps)  # of gradients, say; and weights after dropout
+        if _often_zero(factors) or _often_zero(left):
+            _run_kept(*graph, codes, left, factors, *finish, out.numpy())
+            return out
+    _run_sum(*graph, codes, steps, factors, False, *finish, out.numpy())
     return out

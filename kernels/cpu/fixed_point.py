@@ -9,43 +9,28 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..packing import code_range, row_bytes, tight_bytes, uniform_counts
-from .common import (
-    array,
-    as_computed,
-    empty_packed,
-    even_bounds,
-    inlined,
-    kernel,
-    parallel_kernel,
-    parallel_lock,
-    parts_for,
-)
+from ..packing import code_range, tight_bytes
+from ..random import NEAREST
+from .common import array, as_computed, inlined, kernel, parallel_kernel, run_ranges
+from .fixed_rows import NARROW, codes_row, container, joined, parameter, rows_of
 from .memory import empty
-from .random import rounded_by, uniform_row
+from .own_range import own_range_codes
 from .tight import pack_tight_row, unpack_tight_row
+from .transpose import transpose_codes
+
+__all__ = [
+    "fixed_point", "fixed_point_codes", "fixed_point_pack", "fixed_point_unpack", "loosen", "own_range_codes",
+    "tighten", "transpose_codes",
+]  # fmt: skip
 
 
 @inlined
-def _parameter(values, i):
-    return values[i if values.size > 1 else 0]
-
-
-@inlined
-def _codes_row(x, i, c, d, lowest, highest, seed, u, codes):
-    """Codes (whole numbers in the dtype of ``x``) of ``x[i]``; a negative ``seed`` rounds half to even. A NaN has the lowest one."""
-    f = x.shape[1]
-    if seed < 0:
-        for k in range(f):
-            code = np.rint(x[i, k] / c - d)
-            code = code if code > lowest else lowest
-            codes[k] = highest if code > highest else code
-    else:
-        uniform_row(np.uint64(seed), i * f, u)
-        for k in range(f):
-            code = rounded_by(x[i, k] / c - d, u[k])
-            code = code if code > lowest else lowest
-            codes[k] = highest if code > highest else code
+def _byte_row(codes, out, i):
+    """``out[i]`` = codes as bytes, and zeros behind the last one."""
+    for k in range(codes.size):
+        out[i, k] = np.uint8(np.int32(codes[k]))
+    for k in range(codes.size, out.shape[1]):
+        out[i, k] = 0
 
 
 @kernel
@@ -53,8 +38,8 @@ def _values(lo, hi, x, scale, offset, lowest, highest, seed, out):
     f = x.shape[1]
     codes, u = np.empty(f, x.dtype), np.empty(f, np.float32)
     for i in range(lo, hi):
-        c, d = _parameter(scale, i), _parameter(offset, i)
-        _codes_row(x, i, c, d, lowest, highest, seed, u, codes)
+        c, d = parameter(scale, i), parameter(offset, i)
+        codes_row(x, i, c, d, lowest, highest, seed, i * f, u, codes)
         for k in range(f):
             value, v = c * (codes[k] + d), x[i, k]
             out[i, k] = value if v == v else v
@@ -67,7 +52,7 @@ def _bytes(lo, hi, x, scale, offset, lowest, highest, seed, bits, out):
     codes, u = np.empty(f, x.dtype), np.empty(f, np.float32)
     row = np.zeros((f + 7) // 8 * 8, np.uint8)
     for i in range(lo, hi):
-        _codes_row(x, i, _parameter(scale, i), _parameter(offset, i), lowest, highest, seed, u, codes)
+        codes_row(x, i, parameter(scale, i), parameter(offset, i), lowest, highest, seed, i * f, u, codes)
         if bits:
             for k in range(f):
                 row[k] = np.uint8(np.int32(codes[k] - lowest))
@@ -75,10 +60,7 @@ def _bytes(lo, hi, x, scale, offset, lowest, highest, seed, bits, out):
                 row[k] = 0
             pack_tight_row(row, bits, out, i)
         else:
-            for k in range(f):
-                out[i, k] = np.uint8(np.int32(codes[k]))
-            for k in range(f, out.shape[1]):
-                out[i, k] = 0
+            _byte_row(codes, out, i)
 
 
 @kernel
@@ -86,7 +68,7 @@ def _unpack(lo, hi, data, scale, offset, bits, lowest, out):
     f = out.shape[1]
     row = np.empty((f + 7) // 8 * 8, np.uint8)
     for i in range(lo, hi):
-        c, d = _parameter(scale, i), _parameter(offset, i)
+        c, d = parameter(scale, i), parameter(offset, i)
         unpack_tight_row(data, i, bits, row)
         for k in range(f):
             out[i, k] = c * (np.float32(np.int32(row[k]) + lowest) + d)
@@ -144,17 +126,8 @@ def _loosen_parallel(bounds, data, features, bits, lowest, out):
         _loosen(bounds[part], bounds[part + 1], data, features, bits, lowest, out)
 
 
-def _run(serial: Any, parallel: Any, rows: int, work: int, *arguments: Any) -> None:
-    parts = parts_for(work)
-    if parts > 1:
-        with parallel_lock:
-            parallel(even_bounds(rows, parts), *arguments)
-    else:
-        serial(0, rows, *arguments)
-
-
 def _quantizer(x: Tensor, scale: Tensor, offset: Tensor, bits: int, signed: bool, seed: int) -> tuple[Any, ...]:
-    """The arguments that :func:`_codes_row` is called with; the range of codes in the dtype of ``x``."""
+    """The arguments that :func:`codes_row` is called with; the range of codes in the dtype of ``x``."""
     view = array(x)
     lowest, highest = (view.dtype.type(code) for code in code_range(bits, signed))
     return view, array(scale.to(x.dtype)).reshape(-1), array(offset.to(x.dtype)).reshape(-1), lowest, highest, seed
@@ -165,16 +138,22 @@ def fixed_point(x: Tensor, scale: Tensor, offset: Tensor, bits: int, signed: boo
     wide = as_computed(x)
     out = empty(tuple(x.shape), wide.dtype)
     arguments = _quantizer(wide, scale, offset, bits, signed, seed)
-    _run(_values, _values_parallel, x.size(0), x.numel(), *arguments, out.numpy())
+    run_ranges(_values, _values_parallel, x.size(0), x.numel(), *arguments, out.numpy())
     return out.to(x.dtype)
 
 
 def fixed_point_codes(x: Tensor, scale: Tensor, offset: Tensor, bits: int, signed: bool, seed: int) -> Tensor:
     """Codes in rows of bytes."""
     n, f = x.shape
-    data, rows = _container(n, f)
-    arguments = _quantizer(as_computed(x), scale, offset, bits, signed, seed)
-    _run(_bytes, _bytes_parallel, n, x.numel(), *arguments, 0, rows)
+    data, rows = container(n, f)
+    values, *quantizer = _quantizer(as_computed(x), scale, offset, bits, signed, seed)
+    split = 0
+    if 0 < f < NARROW and seed == NEAREST and scale.numel() == offset.numel() == 1:
+        wide = joined(f)
+        split = n * f // wide * (wide // f)
+        arguments = values[:split].reshape(-1, wide), *quantizer, 0, rows[:split].reshape(-1, wide)
+        run_ranges(_bytes, _bytes_parallel, n * f // wide, n * f, *arguments)
+    run_ranges(_bytes, _bytes_parallel, n - split, (n - split) * f, values[split:], *quantizer, 0, rows[split:])
     return data
 
 
@@ -183,19 +162,8 @@ def fixed_point_pack(x: Tensor, scale: Tensor, offset: Tensor, bits: int, signed
     n, f = x.shape
     out = empty((n, tight_bytes(f, bits)), torch.uint8)
     arguments = _quantizer(as_computed(x), scale, offset, bits, signed, seed)
-    _run(_bytes, _bytes_parallel, n, x.numel(), *arguments, bits, out.numpy())
+    run_ranges(_bytes, _bytes_parallel, n, x.numel(), *arguments, bits, out.numpy())
     return out
-
-
-def _container(rows: int, features: int) -> tuple[Tensor, Any]:
-    """A buffer of codes of 8 bits, and its rows, uint8 ``[rows, bytes]``."""
-    data = empty_packed(uniform_counts(rows, 8), features)
-    return data, _rows(data, rows, features)
-
-
-def _rows(data: Tensor, rows: int, features: int) -> Any:
-    stride = row_bytes(8, features)
-    return array(data)[: rows * stride].reshape(rows, stride)
 
 
 def fixed_point_unpack(data: Tensor, scale: Tensor, offset: Tensor, bits: int, signed: bool, features: int) -> Tensor:
@@ -203,7 +171,9 @@ def fixed_point_unpack(data: Tensor, scale: Tensor, offset: Tensor, bits: int, s
     out = empty((data.size(0), features), torch.float32)
     parameters = array(scale).reshape(-1), array(offset).reshape(-1)
     lowest = np.int32(code_range(bits, signed)[0])
-    _run(_unpack, _unpack_parallel, data.size(0), out.numel(), array(data), *parameters, bits, lowest, out.numpy())
+    run_ranges(
+        _unpack, _unpack_parallel, data.size(0), out.numel(), array(data), *parameters, bits, lowest, out.numpy()
+    )
     return out
 
 
@@ -211,15 +181,15 @@ def tighten(data: Tensor, rows: int, features: int, bits: int, signed: bool) -> 
     """Rows of bytes to tight rows."""
     out = empty((rows, tight_bytes(features, bits)), torch.uint8)
     lowest = np.uint8(code_range(bits, signed)[0] & 255)
-    arguments = _rows(data, rows, features), features, bits, lowest, out.numpy()
-    _run(_tighten, _tighten_parallel, rows, rows * features, *arguments)
+    arguments = rows_of(data, rows, features), features, bits, lowest, out.numpy()
+    run_ranges(_tighten, _tighten_parallel, rows, rows * features, *arguments)
     return out
 
 
 def loosen(data: Tensor, bits: int, signed: bool, features: int) -> Tensor:
     """Tight rows to rows of bytes."""
-    out, rows = _container(data.size(0), features)
+    out, rows = container(data.size(0), features)
     lowest = np.uint8(code_range(bits, signed)[0] & 255)
     arguments = array(data), features, bits, lowest, rows
-    _run(_loosen, _loosen_parallel, data.size(0), data.size(0) * features, *arguments)
+    run_ranges(_loosen, _loosen_parallel, data.size(0), data.size(0) * features, *arguments)
     return out

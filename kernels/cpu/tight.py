@@ -22,7 +22,7 @@ def _word_pointer(context, builder, kind, data, row, column):
 
 
 @intrinsic
-def _load_word(typingctx, data, row, column):
+def load_word(typingctx, data, row, column):
     """The 8 bytes of ``data`` (uint8 ``[N, B]``) at ``column``, at any address."""
 
     def codegen(context, builder, signature, args):
@@ -32,7 +32,7 @@ def _load_word(typingctx, data, row, column):
 
 
 @intrinsic
-def _store_word(typingctx, data, row, column, word):
+def store_word(typingctx, data, row, column, word):
     """Writes the 8 bytes of ``word`` to ``data`` (uint8 ``[N, B]``) at ``column``, at any address."""
 
     def codegen(context, builder, signature, args):
@@ -56,7 +56,7 @@ def pack_tight_row(codes, bits, data, i):
     # byte.
     whole = max((data.shape[1] - 8) // stride + 1, 0)
     for g in range(whole):
-        _store_word(data, i, g * stride, words[g])
+        store_word(data, i, g * stride, words[g])
     for g in range(whole, words.size):
         for b in range(stride):
             data[i, g * stride + b] = np.uint8(words[g] >> np.uint64(8 * b))
@@ -68,7 +68,7 @@ def unpack_tight_row(data, i, bits, codes):
     words, stride = codes.view(np.uint64), np.int64(bits)
     whole = max((data.shape[1] - 8) // stride + 1, 0)
     for g in range(whole):
-        words[g] = _load_word(data, i, g * stride)
+        words[g] = load_word(data, i, g * stride)
     for g in range(whole, words.size):
         w = np.uint64(0)
         for b in range(stride):

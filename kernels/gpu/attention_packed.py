@@ -58,7 +58,7 @@ def _codes_of_channels(
     if VECTOR % LANES == 0:  # every head starts at a byte
         o_b = i_c * (BLOCK_C // LANES) + tl.arange(0, BLOCK_C // LANES)
         p_byte = p_row + (o_h * (C // LANES))[None, :, None] + o_b[None, None, :]
-        b_low = _unpack(tl.load(p_byte, mask=m_head & (o_b * LANES < C)[None, None, :], other=0), CONTAINER, False)
+        b_low = _unpack(tl.load(p_byte, mask=m_head & (o_b < C // LANES)[None, None, :], other=0), CONTAINER, False)
     else:
         o_c = i_c * BLOCK_C + tl.arange(0, BLOCK_C)
         o_bit = ((o_h * C)[:, None] + o_c[None, :]) * CONTAINER
@@ -321,7 +321,6 @@ _SEVEN = {"VECTOR": 1, "BLOCK_H": 8, "BLOCK_C": 8, "UNROLL": 1}
 COMPILE_CASES = [
     # Triton compiles arguments of 1 as constants: H = 1, and C_VECTORS where there are 16 channels.
     _case("gat_packed_8_float", 8, "float", "*fp32", **_PLAIN),
-    _case("gat_packed_4_float", 4, "float", "*fp32", **_PLAIN),
     _case("gat_packed_4_rows", 4, "rows", "*u8", **_PLAIN, RELU=True),
     _case("gat_packed_8_whole_epilogue_rows", 8, "rows", "*u8", RELU=True),
     _case(

@@ -35,30 +35,32 @@ def _quantize_binary_kernel(
     """code = (x == step), step = max(x) or 1, valid = whether every x is 0 or that, and finite. The second look at a row finds it in a cache."""
     o_r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     m_r = o_r < N
-    # [BLOCK_R]
-    b_top = tl.zeros((BLOCK_R,), tl.float32)
+    # Whole tiles go round the loops and are reduced once: Triton 3.6 fails to compile the reduction inside.
+    b_tops = tl.zeros((BLOCK_R, BLOCK_F), tl.float32)
     for i_f in range(steps):
         o_f = i_f * BLOCK_F + tl.arange(0, BLOCK_F)
         # [BLOCK_R, BLOCK_F]
         b_x = tl.load(
             p_x + o_r.to(tl.int64)[:, None] * F + o_f[None, :], mask=m_r[:, None] & (o_f < F)[None, :], other=0.0
         )
-        b_top = tl.maximum(b_top, tl.max(b_x, axis=1))
+        b_tops = tl.maximum(b_tops, b_x)
+    # [BLOCK_R]
+    b_top = tl.max(b_tops, axis=1)
     b_step = tl.where(b_top > 0, b_top, 1.0)
-    b_others = tl.zeros((BLOCK_R,), tl.int32)
+    b_others = tl.zeros((BLOCK_R, BLOCK_F), tl.int32)
     for i_f in range(steps):
         o_f = i_f * BLOCK_F + tl.arange(0, BLOCK_F)
         b_x = tl.load(
             p_x + o_r.to(tl.int64)[:, None] * F + o_f[None, :], mask=m_r[:, None] & (o_f < F)[None, :], other=0.0
         )
         b_code = (b_x == b_step[:, None]).to(tl.int32)
-        b_others = tl.maximum(b_others, tl.max((b_x != 0).to(tl.int32) - b_code, axis=1))
+        b_others |= (b_x != 0).to(tl.int32) - b_code
         _store_codes(
             p_data, None, b_code, o_r, m_r, i_f, first_4, first_2, first_1, first_0, start_4, start_2, start_1,
             stride_8, stride_4, stride_2, stride_1, CONTAINER,
         )  # fmt: skip
     tl.store(p_step + o_r, b_step, mask=m_r)
-    tl.store(p_valid + o_r, (b_others == 0) & (b_top < float("inf")), mask=m_r)
+    tl.store(p_valid + o_r, (tl.max(b_others, axis=1) == 0) & (b_top < float("inf")), mask=m_r)
 
 
 def quantize_binary(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

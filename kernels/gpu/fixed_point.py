@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..packing import code_range, row_bytes, tight_bytes, uniform_counts
+from ..packing import bucket_starts, code_range, row_bytes, tight_bytes, uniform_counts
+from ..ranges import largest, scale_of
 from .common import EXACT, CompileCase, _cast, check_dtype, empty_packed, launch, tile_blocks
 from .random import _rounded, seed_arguments
 from .tight import _load_tight, _store_tight, _tight_bytes
@@ -143,6 +144,23 @@ def fixed_point_codes(x: Tensor, scale: Tensor, offset: Tensor, bits: int, signe
     """:func:`qgnn.kernels.fixed_point.fixed_point_codes` in one pass over ``x``."""
     out = empty_packed(uniform_counts(x.size(0), 8), x.size(1), x.device)
     return _quantize(out, CODES, x, scale, offset, bits, signed, seed)
+
+
+def own_range_codes(x: Tensor, factor: Tensor | None, bits: int, seed: int) -> tuple[Tensor, Tensor]:
+    """:func:`qgnn.kernels.fixed_point.own_range_codes`."""
+    check_dtype("x", x)
+    values = x.float() if factor is None else x.float() * factor.float().reshape(-1, 1)
+    scale = scale_of(largest(values), bits, True)
+    return fixed_point_codes(values, scale, scale.new_zeros(1), bits, True, seed), scale
+
+
+def transpose_codes(data: Tensor, rows: int, features: int) -> Tensor:
+    """:func:`qgnn.kernels.fixed_point.transpose_codes`: a copy, which torch does in tiles."""
+    stride = row_bytes(8, features)
+    out = torch.zeros(bucket_starts(uniform_counts(features, 8), rows)[-1], dtype=torch.uint8, device=data.device)
+    turned = out[: features * row_bytes(8, rows)].view(features, row_bytes(8, rows))
+    turned[:, :rows] = data[: rows * stride].view(rows, stride)[:, :features].t()
+    return out
 
 
 def fixed_point_pack(x: Tensor, scale: Tensor, offset: Tensor, bits: int, signed: bool, seed: int) -> Tensor:

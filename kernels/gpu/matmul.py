@@ -1,26 +1,35 @@
 """Triton packed integer matrix product and the weight gradient (contract: :mod:`..matmul`).
 
 One launch multiplies the rows of all widths: a program takes ``BLOCK_N`` places of one bucket, so that its branch on the container is a scalar one,
-and writes the rows that stand there. Codes are unpacked to int8 in registers. What does not fit int8 or would need a subtraction for each code is
-moved out of the product through the column sums of W: unsigned codes of 8 bits are multiplied as ``c - 128``, and the zero point not at all.
+and writes the rows that stand there. Codes narrower than 8 bits are taken out of their bytes in registers, four bytes an instruction, plane by plane
+against weights that are laid out for it (:mod:`.planes`). What does not fit int8 or would need a subtraction for each code is moved out of the
+product through the column sums of W: narrow signed codes are multiplied as ``c + 2^(b - 1)``, unsigned codes of 8 bits as ``c - 128``, and the zero
+point not at all.
+
+[232965, 602] x [602, 128] with float32 results moves 141.6 MB of INT8 rows (71 MB of INT4, each row padded) and 119.3 MB of results: 54 us (40 us) at
+4.8 TB/s. Its 36.3 G multiplications and additions are 18 us of the 1,979 TOPS of an H100. A step of the inner loop (64 rows, 128 columns, 128 codes)
+takes on sm_90, with four warps, 97 instructions a warp at INT8 and 123 at INT4, together 7.1 and 9.0 million of the 90 million that 132
+multiprocessors issue in 100 us at 1.7 GHz: memory is the limit.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..packing import empty_output, row_bytes, rows_of
+from . import tuning
 from .common import (
     EXACT,
+    INTERPRETED,
     LAYOUT_FIRSTS,
     LAYOUT_SIGNATURE,
     OUT_FIRSTS,
     CompileCase,
-    _unpack,
     launch,
     layout_arguments,
 )
@@ -33,105 +42,107 @@ from .epilogue import (
     output_arguments,
     padded_features,
 )
+from .planes import _plane_bytes, _planes_start, planes_of
 from .rows import _row_codes
 from .segments import dense, kept
-
-BLOCK_N = 64
-BLOCK_K = 64
-"""Rows and contracted codes of one step: a warp group's wgmma takes 64 rows."""
-
 
 _FUSED = {"num_warps": 4, "enable_fp_fusion": True}
 """Launch options of the float product, which agrees with nothing to the bit."""
 
 
+@tl.core.builtin
+def _on_nvidia(_semantic: Any = None) -> tl.constexpr:
+    """Whether the kernel is compiled for an NVIDIA GPU, which may be another than the one that is there."""
+    return tl.constexpr(_semantic.builder.options.backend_name == "cuda")
+
+
+@triton.constexpr_function
+def _four_codes(shift: int, mask: int, flip: int) -> str:
+    """PTX: ``((x >> shift) & mask) ^ flip`` of four bytes at a time. Compiled from bytes, the same is about 4 instructions for each of them."""
+    four = 0x01010101
+    return f"shr.b32 $0, $1, {shift}; lop3.b32 $0, $0, {mask * four}, {flip * four}, 0x6A;"
+
+
 @triton.jit
-def _int8(b_bytes, CONTAINER: tl.constexpr, SIGNED: tl.constexpr):
-    """uint8 ``[R, B]`` -> int8 codes ``[R, B * 8 / CONTAINER]``; unsigned codes of 8 bits less 128."""
-    if CONTAINER == 8:
-        if SIGNED:
-            return b_bytes.to(tl.int8, bitcast=True)
-        else:
-            return (b_bytes ^ 128).to(tl.int8, bitcast=True)
+def _plane(b_bytes, p: tl.constexpr, CONTAINER: tl.constexpr, SIGNED: tl.constexpr):
+    """uint8 ``[R, B]`` -> int8 ``[R, B]``: code ``p`` of every byte, its highest bit flipped where it is narrow and signed, or wide and unsigned."""
+    MASK: tl.constexpr = (1 << CONTAINER) - 1
+    FLIP: tl.constexpr = 0 if (CONTAINER == 8) == SIGNED else 1 << (CONTAINER - 1)
+    NVIDIA: tl.constexpr = False if INTERPRETED else _on_nvidia()
+    if CONTAINER == 8 and SIGNED:
+        return b_bytes.to(tl.int8, bitcast=True)
+    elif NVIDIA:
+        return tl.inline_asm_elementwise(_four_codes(p * CONTAINER, MASK, FLIP), "=r,r", [b_bytes], tl.int8, True, 4)
     else:
-        return _unpack(b_bytes, CONTAINER, SIGNED).to(tl.int8)
+        return (((b_bytes >> (p * CONTAINER)) & MASK) ^ FLIP).to(tl.int8, bitcast=True)
 
 
 @triton.jit
 def _bucket_tile(
-    p_x, p_w, i_tile, first, end, start, stride, o_m, m_m, K, stride_w, x_zero, CONTAINER: tl.constexpr, X_SIGNED: tl.constexpr,
-    HAS_ZERO: tl.constexpr, W_CONTAINER: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    p_x, p_w, p_sum, i_tile, first, end, start, stride, o_m, m_m, M, K, stride_w, start_w, x_zero, CONTAINER: tl.constexpr, X_SIGNED: tl.constexpr,
+    HAS_ZERO: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """``acc`` ``[BLOCK_N, BLOCK_M]`` of tile ``i_tile`` of the bucket of the places ``first`` to ``end``; the places, and which of them exist."""
-    FLIPPED: tl.constexpr = CONTAINER == 8 and not X_SIGNED
     b_local = i_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     b_place = first + b_local
-    m_n = b_place < end
-    p_rows = p_x + start + b_local.to(tl.int64)[:, None] * stride
-    p_cols = p_w + o_m.to(tl.int64)[:, None] * stride_w
     b_acc = tl.zeros((BLOCK_N, BLOCK_M), tl.int32)
-    b_sum = tl.zeros((BLOCK_M,), tl.int32)
-    if CONTAINER > 0 or HAS_ZERO:
-        for i_k in range(0, K, BLOCK_K):
-            # [M, K]; the padding of a row is 0, so neither operand needs a mask at K
-            o_w = i_k * W_CONTAINER // 8 + tl.arange(0, BLOCK_K * W_CONTAINER // 8)
-            b_w = _int8(
-                tl.load(p_cols + o_w[None, :], mask=m_m[:, None] & (o_w < stride_w)[None, :], other=0),
-                W_CONTAINER,
-                True,
-            )
-            if CONTAINER > 0:
-                o_x = i_k * CONTAINER // 8 + tl.arange(0, BLOCK_K * CONTAINER // 8)
-                b_x = _int8(
-                    tl.load(p_rows + o_x[None, :], mask=m_n[:, None] & (o_x < stride)[None, :], other=0),
-                    CONTAINER,
-                    X_SIGNED,
-                )
-                b_acc = tl.dot(b_x, tl.trans(b_w), b_acc, out_dtype=tl.int32)
-            if HAS_ZERO or FLIPPED:
-                b_sum += tl.sum(b_w.to(tl.int32), axis=1)
-    if FLIPPED:
-        b_acc += 128 * b_sum[None, :]
-    if HAS_ZERO:
-        b_acc -= x_zero * b_sum[None, :]
-    return b_acc, b_place, m_n
+    # What the flipped bit adds to each code.
+    HALF: tl.constexpr = 1 << CONTAINER >> 1
+    BIAS: tl.constexpr = (0 if X_SIGNED else -HALF) if CONTAINER == 8 else (HALF if X_SIGNED else 0)
+    if CONTAINER > 0:
+        LANES: tl.constexpr = 8 // CONTAINER
+        BLOCK_B: tl.constexpr = BLOCK_K // LANES if BLOCK_K // LANES > 32 else 32
+        # Rows and columns that do not exist read others that do, and are not stored. Behind the end of a row W is 0.
+        p_rows = p_x + start + tl.minimum(b_local, end - first - 1).to(tl.int64)[:, None] * stride
+        p_cols = p_w + start_w + tl.minimum(o_m, M - 1).to(tl.int64)[:, None] * stride_w
+        size = _plane_bytes(K, LANES)
+        for i_b in tl.range(0, stride, BLOCK_B, num_stages=2 if CONTAINER == 1 else None):
+            # [N, B], and below [M, B]; the 8 planes of 1 bit in 3 stages would take 100 KiB, which sm_86 and sm_89 do not have
+            o_b = i_b + tl.arange(0, BLOCK_B)
+            b_bytes = tl.load(p_rows + o_b[None, :], mask=(o_b < stride)[None, :], other=0)
+            for p in tl.static_range(LANES):
+                b_w = tl.load(p_cols + (p * size + o_b)[None, :])
+                b_acc = tl.dot(_plane(b_bytes, p, CONTAINER, X_SIGNED), tl.trans(b_w), b_acc, out_dtype=tl.int32)
+    if HAS_ZERO or (CONTAINER > 0 and BIAS != 0):
+        b_acc -= ((x_zero + BIAS) * tl.load(p_sum + o_m, mask=m_m, other=0))[None, :]
+    return b_acc, b_place, b_place < end
 
 
 @triton.jit
 def _mixed_tile(
-    p_x, p_w, N, K, stride_w, x_zero, o_m, m_m, first_4, first_2, first_1, first_0, start_4, start_2, start_1, stride_8, stride_4, stride_2, stride_1,
-    X_SIGNED: tl.constexpr, HAS_ZERO: tl.constexpr, W_CONTAINER: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    p_x, p_w, p_sum, i_tile, N, M, K, stride_w, x_zero, o_m, m_m, first_4, first_2, first_1, first_0, start_4, start_2, start_1,
+    stride_8, stride_4, stride_2, stride_1, X_SIGNED: tl.constexpr, HAS_ZERO: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """:func:`_bucket_tile` where the rows differ: first come the tiles of the 8-bit rows, then those of the 4-bit rows, and so on."""
-    i_tile = tl.program_id(0)
     i_4 = tl.cdiv(first_4, BLOCK_N)
     i_2 = i_4 + tl.cdiv(first_2 - first_4, BLOCK_N)
     i_1 = i_2 + tl.cdiv(first_1 - first_2, BLOCK_N)
     i_0 = i_1 + tl.cdiv(first_0 - first_1, BLOCK_N)
     if i_tile < i_4:
         b_acc, b_place, m_n = _bucket_tile(
-            p_x, p_w, i_tile, 0, first_4, 0, stride_8, o_m, m_m, K, stride_w, x_zero,
-            8, X_SIGNED, HAS_ZERO, W_CONTAINER, BLOCK_N, BLOCK_M, BLOCK_K,
+            p_x, p_w, p_sum, i_tile, 0, first_4, 0, stride_8, o_m, m_m, M, K, stride_w, _planes_start(K, 1), x_zero,
+            8, X_SIGNED, HAS_ZERO, BLOCK_N, BLOCK_M, BLOCK_K,
         )  # fmt: skip
     elif i_tile < i_2:
         b_acc, b_place, m_n = _bucket_tile(
-            p_x, p_w, i_tile - i_4, first_4, first_2, start_4, stride_4, o_m, m_m, K, stride_w, x_zero,
-            4, X_SIGNED, HAS_ZERO, W_CONTAINER, BLOCK_N, BLOCK_M, BLOCK_K,
+            p_x, p_w, p_sum, i_tile - i_4, first_4, first_2, start_4, stride_4, o_m, m_m, M, K, stride_w, _planes_start(K, 2), x_zero,
+            4, X_SIGNED, HAS_ZERO, BLOCK_N, BLOCK_M, BLOCK_K,
         )  # fmt: skip
     elif i_tile < i_1:
         b_acc, b_place, m_n = _bucket_tile(
-            p_x, p_w, i_tile - i_2, first_2, first_1, start_2, stride_2, o_m, m_m, K, stride_w, x_zero,
-            2, X_SIGNED, HAS_ZERO, W_CONTAINER, BLOCK_N, BLOCK_M, BLOCK_K,
+            p_x, p_w, p_sum, i_tile - i_2, first_2, first_1, start_2, stride_2, o_m, m_m, M, K, stride_w, _planes_start(K, 4), x_zero,
+            2, X_SIGNED, HAS_ZERO, BLOCK_N, BLOCK_M, BLOCK_K,
         )  # fmt: skip
     elif i_tile < i_0:
         b_acc, b_place, m_n = _bucket_tile(
-            p_x, p_w, i_tile - i_1, first_1, first_0, start_1, stride_1, o_m, m_m, K, stride_w, x_zero,
-            1, X_SIGNED, HAS_ZERO, W_CONTAINER, BLOCK_N, BLOCK_M, BLOCK_K,
+            p_x, p_w, p_sum, i_tile - i_1, first_1, first_0, start_1, stride_1, o_m, m_m, M, K, stride_w, _planes_start(K, 8), x_zero,
+            1, X_SIGNED, HAS_ZERO, BLOCK_N, BLOCK_M, BLOCK_K,
         )  # fmt: skip
     else:
         b_acc, b_place, m_n = _bucket_tile(
-            p_x, p_w, i_tile - i_0, first_0, N, 0, 0, o_m, m_m, K, stride_w, x_zero,
-            0, X_SIGNED, HAS_ZERO, W_CONTAINER, BLOCK_N, BLOCK_M, BLOCK_K,
+            p_x, p_w, p_sum, i_tile - i_0, first_0, N, 0, 0, o_m, m_m, M, K, stride_w, 0, x_zero,
+            0, X_SIGNED, HAS_ZERO, BLOCK_N, BLOCK_M, BLOCK_K,
         )  # fmt: skip
     return b_acc, b_place, m_n
 
@@ -139,36 +150,39 @@ def _mixed_tile(
 @triton.jit(do_not_specialize=["N", "size", "x_zero", *LAYOUT_FIRSTS, *OUT_FIRSTS])
 def _matmul_packed_kernel(
     p_out,  # int32 or float32 [N, M], or packed rows
-    p_x, p_w,  # packed [N, K] and [M, K]
+    p_x,  # packed [N, K]
+    p_w, p_sum,  # int8 planes [M, stride_w], int32 [M]
     p_rows,  # [N], the row at each place; None: its own index
     p_row_scale, p_col_scale, p_bias, p_addend, p_post_scale, p_post_shift,  # [N], [M], [M], [N, M], [M], [M]
     p_step, p_bits, p_pos,  # [N] or [M], [N] or [M], [N], of the packed output
-    N, M, K, size, x_zero, stride_x, stride_w,
+    N, M, K, size, blocks, x_zero, stride_x, stride_w,
     first_4, first_2, first_1, first_0, start_4, start_2, start_1, stride_8, stride_4, stride_2, stride_1,
     out_first_4, out_first_2, out_first_1, out_first_0, out_start_4, out_start_2, out_start_1, out_stride_8, out_stride_4, out_stride_2, out_stride_1,
-    CONTAINER: tl.constexpr, X_SIGNED: tl.constexpr, HAS_ZERO: tl.constexpr, W_CONTAINER: tl.constexpr, OUTPUT: tl.constexpr,
+    CONTAINER: tl.constexpr, X_SIGNED: tl.constexpr, HAS_ZERO: tl.constexpr, OUTPUT: tl.constexpr,
     OUT_CONTAINER: tl.constexpr, OUT_SIGNED: tl.constexpr, TAILS: tl.constexpr, RELU: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """out = epilogue(sum_k (x[i, k] - x_zero) * w[j, k]) (A2Q eq. 2)."""
-    i_m = tl.program_id(1)
+    # Blocks of columns are neighbours, so that they read their rows of X at about the same time.
+    i_m = tl.program_id(0) % blocks
+    i_tile = tl.program_id(0) // blocks
     o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
     m_m = o_m < M
     if TAILS:
-        if (tl.program_id(0) == 0) & (i_m == 0):
+        if tl.program_id(0) == 0:
             _clear_tails(
                 p_out, size, out_first_4, out_first_2, out_first_1, out_first_0, out_start_4, out_start_2, out_start_1,
                 out_stride_8, out_stride_4, out_stride_2, out_stride_1,
             )  # fmt: skip
     if CONTAINER is None:
         b_acc, b_place, m_n = _mixed_tile(
-            p_x, p_w, N, K, stride_w, x_zero, o_m, m_m, first_4, first_2, first_1, first_0, start_4, start_2, start_1,
-            stride_8, stride_4, stride_2, stride_1, X_SIGNED, HAS_ZERO, W_CONTAINER, BLOCK_N, BLOCK_M, BLOCK_K,
+            p_x, p_w, p_sum, i_tile, N, M, K, stride_w, x_zero, o_m, m_m, first_4, first_2, first_1, first_0, start_4, start_2, start_1,
+            stride_8, stride_4, stride_2, stride_1, X_SIGNED, HAS_ZERO, BLOCK_N, BLOCK_M, BLOCK_K,
         )  # fmt: skip
     else:
         b_acc, b_place, m_n = _bucket_tile(
-            p_x, p_w, tl.program_id(0), 0, N, 0, stride_x, o_m, m_m, K, stride_w, x_zero,
-            CONTAINER, X_SIGNED, HAS_ZERO, W_CONTAINER, BLOCK_N, BLOCK_M, BLOCK_K,
+            p_x, p_w, p_sum, i_tile, 0, N, 0, stride_x, o_m, m_m, M, K, stride_w, 0, x_zero,
+            CONTAINER, X_SIGNED, HAS_ZERO, BLOCK_N, BLOCK_M, BLOCK_K,
         )  # fmt: skip
     b_row = b_place.to(tl.int64)
     if p_rows is not None:
@@ -226,43 +240,38 @@ def matmul_packed(
     post_scale: Tensor | None, post_shift: Tensor | None,
     out_step: Tensor | None, out_bits: Tensor | None, out_pos: Tensor | None, out_counts: Sequence[int], out_signed: bool,
 ) -> Tensor:  # fmt: skip
-    if w_container not in (4, 8):
-        raise ValueError(
-            f"the Triton matmul takes weights in containers of 4 or 8 bits, got {w_container}; pack them in one of these"
-        )
     n = sum(x_counts)
     out = empty_output(x, output, n, columns, out_counts)
     if not out.numel():
         return out
     layout = layout_arguments(x_counts, features)
     container = layout["CONTAINER"]
-    # With 128 columns the addend's tile does not fit beside the others: compiled for sm_90, 168 bytes are spilled.
-    block_m = min(max(triton.next_power_of_2(columns), 16), 128 if addend is None else 64)
-    block_k = min(max(triton.next_power_of_2(features), 32), BLOCK_K)
-    tiles = sum(triton.cdiv(count, BLOCK_N) for count in x_counts)
     covered = padded_features(out_counts, columns) if output in ("rows", "columns") else columns
-    launch(
-        _matmul_packed_kernel, (tiles, triton.cdiv(covered, block_m)),
-        p_x=x, p_w=w, p_rows=None if x_pos is None else kept(x_pos, rows_of), p_row_scale=dense(row_scale), p_col_scale=dense(col_scale),
-        p_bias=dense(bias), p_addend=dense(addend), p_post_scale=dense(post_scale), p_post_shift=dense(post_shift), N=n, M=columns, K=features,
-        x_zero=x_zero, stride_x=row_bytes(container, features) if container else 0, stride_w=row_bytes(w_container, features), **layout,
-        X_SIGNED=x_signed, HAS_ZERO=x_zero != 0, W_CONTAINER=w_container,
-        **output_arguments(out, output, out_counts, columns, out_step, out_bits, out_pos, out_signed),
-        RELU=relu, BLOCK_N=BLOCK_N, BLOCK_M=block_m, BLOCK_K=block_k, **EXACT,
-    )  # fmt: skip
+    planes, sums = kept(w, planes_of(container, w_container, columns, features))
+
+    def run(use: dict[str, int]) -> None:
+        # With 128 columns the addend's tile does not fit beside the others: compiled for sm_90 with 4 warps, 288 bytes are spilled.
+        block_m = min(max(triton.next_power_of_2(columns), 16), use["BLOCK_M"] if addend is None else 64)
+        block_k = min(max(triton.next_power_of_2(features), 32), use["BLOCK_K"])
+        tiles = sum(triton.cdiv(count, use["BLOCK_N"]) for count in x_counts)
+        blocks = triton.cdiv(covered, block_m)
+        launch(
+            _matmul_packed_kernel, (tiles * blocks,),
+            p_x=x, p_w=planes, p_sum=sums, p_rows=None if x_pos is None else kept(x_pos, rows_of), p_row_scale=dense(row_scale),
+            p_col_scale=dense(col_scale), p_bias=dense(bias), p_addend=dense(addend), p_post_scale=dense(post_scale), p_post_shift=dense(post_shift),
+            N=n, M=columns, K=features, blocks=blocks, x_zero=x_zero, stride_x=row_bytes(container, features) if container else 0,
+            stride_w=planes.size(1), **layout, X_SIGNED=x_signed, HAS_ZERO=x_zero != 0,
+            **output_arguments(out, output, out_counts, columns, out_step, out_bits, out_pos, out_signed), RELU=relu,
+            **{**EXACT, **use, "BLOCK_M": block_m, "BLOCK_K": block_k},
+        )  # fmt: skip
+
+    tuning.run("matmul_packed", x.device, columns, container or 0, run)
     return out
 
 
 def matmul_transposed(
-    x: Tensor,
-    pos: Tensor | None,
-    counts: Sequence[int],
-    signed: bool,
-    zero: int,
-    features: int,
-    scale: Tensor,
-    grad: Tensor,
-) -> Tensor:
+    x: Tensor, pos: Tensor | None, counts: Sequence[int], signed: bool, zero: int, features: int, scale: Tensor, grad: Tensor
+) -> Tensor:  # fmt: skip
     n, columns, grad = sum(counts), grad.size(1), grad.contiguous()
     if not n or not features or not columns:
         return grad.new_zeros(features, columns)
@@ -282,24 +291,28 @@ def matmul_transposed(
 
 
 def _case(
-    name: str, container: int | None, w_container: int, output: str, out: str, short: bool = False, **changed: object
-) -> CompileCase:
+    name: str, container: int | None, output: str, out: str, short: bool = False, use: dict[str, int] | None = None, **changed: object
+) -> CompileCase:  # fmt: skip
     """``short``: rows of fewer than 16 bytes, which nothing is known to divide. ``changed``: constants, and the types of pointers that most layers
-    do not have."""
+    do not have. ``use``: blocks and options of a configuration."""
     constexprs: dict[str, object] = {
-        "CONTAINER": container, "X_SIGNED": True, "HAS_ZERO": False, "W_CONTAINER": w_container, "OUTPUT": output, "OUT_CONTAINER": 4,
-        "OUT_SIGNED": True, "TAILS": False, "RELU": False, "BLOCK_N": BLOCK_N, "BLOCK_M": 128, "BLOCK_K": BLOCK_K, **PLAIN, "p_pos": None, **changed,
+        "CONTAINER": container, "X_SIGNED": True, "HAS_ZERO": False, "OUTPUT": output, "OUT_CONTAINER": 4,
+        "OUT_SIGNED": True, "TAILS": False, "RELU": False, "BLOCK_N": 64, "BLOCK_M": 128, "BLOCK_K": 128, **PLAIN, "p_pos": None,
+        **(use or {}), **changed,
     }  # fmt: skip
     signature = {
-        **OUTPUT_SIGNATURE, "p_out": out, "p_x": "*u8", "p_w": "*u8", "p_rows": "*i32", **dict.fromkeys(["N", "x_zero"], "i32"),
+        **OUTPUT_SIGNATURE, "p_out": out, "p_x": "*u8", "p_w": "*i8", "p_sum": "*i32", "p_rows": "*i32",
+        **dict.fromkeys(["N", "blocks", "x_zero"], "i32"),
         **dict.fromkeys(["M", "K", "stride_x", "stride_w"], "i32:16"), **LAYOUT_SIGNATURE,
     }  # fmt: skip
     del signature["p_self_scale"], constexprs["p_self_scale"]
     if short:
-        signature |= dict.fromkeys(["K", "stride_w", "stride_8", "stride_4", "stride_2", "stride_1"], "i32")
+        signature |= dict.fromkeys(["K", "stride_8", "stride_4", "stride_2", "stride_1"], "i32")
     constexprs = {name: value for name, value in constexprs.items() if not str(value).startswith("*")}
     signature = {name: kind for name, kind in signature.items() if name not in constexprs}
-    return CompileCase(name, _matmul_packed_kernel, signature, constexprs, EXACT)
+    options: dict[str, object] = {"num_warps": 8, "num_stages": 3}
+    options |= {option: constexprs.pop(option) for option in list(options) if option in constexprs}
+    return CompileCase(name, _matmul_packed_kernel, signature, constexprs, {**EXACT, **options})
 
 
 _TRANSPOSED = {
@@ -308,18 +321,21 @@ _TRANSPOSED = {
 }  # fmt: skip
 _BLOCKS = {"SIGNED": True, "BLOCK_N": 32, "BLOCK_K": 64, "BLOCK_M": 64}
 COMPILE_CASES = [
-    _case("matmul_packed_8x8_acc", 8, 8, "acc", "*i32"),
-    _case("matmul_packed_8x4_float", 8, 4, "float", "*fp32"),
-    _case("matmul_packed_4x4_columns", 4, 4, "columns", "*u8", p_rows=None),
-    _case("matmul_packed_mixed_x4_columns", None, 4, "columns", "*u8"),
-    _case("matmul_packed_mixed_x8_float", None, 8, "float", "*fp32"),
-    _case("matmul_packed_mixed_unsigned_zero", None, 4, "float", "*fp32", X_SIGNED=False, HAS_ZERO=True),
-    _case("matmul_packed_narrow", None, 4, "columns", "*u8", BLOCK_M=16),
-    _case("matmul_packed_short_rows", None, 4, "float", "*fp32", short=True, BLOCK_K=32),
-    _case("matmul_packed_8x8_rows", 8, 8, "rows", "*u8", OUT_CONTAINER=8, p_rows=None, RELU=True),
-    _case("matmul_packed_mixed_x4_mixed_rows", None, 4, "rows", "*u8", OUT_CONTAINER=None, p_pos="*i32", OUT_SIGNED=False, RELU=True),
+    *(
+        _case(f"matmul_packed_4_columns_{'_'.join(map(str, use.values()))}", 4, "columns", "*u8", use=use)
+        for use in tuning.shipped("matmul_packed")
+    ),
+    _case("matmul_packed_mixed_columns", None, "columns", "*u8"),
+    _case("matmul_packed_mixed_columns_4_warps", None, "columns", "*u8", num_warps=4),
+    _case("matmul_packed_8_acc", 8, "acc", "*i32"),
+    _case("matmul_packed_8_float", 8, "float", "*fp32"),
+    _case("matmul_packed_4_unsigned_zero", 4, "float", "*fp32", X_SIGNED=False, HAS_ZERO=True),
+    _case("matmul_packed_4_narrow", 4, "columns", "*u8", BLOCK_M=16),
+    _case("matmul_packed_4_short_rows", 4, "float", "*fp32", short=True, BLOCK_K=32),
+    _case("matmul_packed_8_rows", 8, "rows", "*u8", OUT_CONTAINER=8, p_rows=None, RELU=True),
+    _case("matmul_packed_2_mixed_rows", 2, "rows", "*u8", OUT_CONTAINER=None, p_pos="*i32", OUT_SIGNED=False, RELU=True),
     _case(
-        "matmul_packed_mixed_x8_whole_epilogue_rows", None, 8, "rows", "*u8", OUT_CONTAINER=None, RELU=True, BLOCK_M=64,
+        "matmul_packed_4_whole_epilogue_rows", 4, "rows", "*u8", OUT_CONTAINER=None, RELU=True, BLOCK_M=64, num_warps=4,
         p_addend="*fp32", p_post_scale="*fp32", p_post_shift="*fp32", p_pos="*i32",
     ),
     CompileCase("matmul_transposed_mixed", _matmul_transposed_kernel, _TRANSPOSED, {**_BLOCKS, "CONTAINER": None}, _FUSED),

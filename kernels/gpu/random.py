@@ -14,15 +14,23 @@ N_ROUNDS = tl.constexpr(ROUNDS)
 
 
 @triton.jit
-def _uniform(seed, o_element):
-    """float32 in [0, 1) for each element's linear index (int64 block); ``seed`` is int32, read as 32 bits without a sign."""
-    b_key = tl.zeros_like(o_element).to(tl.uint32) + seed.to(tl.uint32, bitcast=True)
-    b_first, b_second = o_element.to(tl.uint32), (o_element >> 32).to(tl.uint32)
+def _words(seed, o_counter):
+    """Both words (uint32) of each counter (int64 block); ``seed`` is int32, read as 32 bits without a sign."""
+    b_key = tl.zeros_like(o_counter).to(tl.uint32) + seed.to(tl.uint32, bitcast=True)
+    b_first, b_second = o_counter.to(tl.uint32), (o_counter >> 32).to(tl.uint32)
     for _ in tl.static_range(N_ROUNDS):
         b_high = tl.umulhi(b_first, M)
         b_second, b_first = tl.mul(b_first, M, sanitize_overflow=False), b_high ^ b_key ^ b_second
         b_key = tl.add(b_key, W, sanitize_overflow=False)
-    return (b_first >> 8).to(tl.int32).to(tl.float32) * 5.9604644775390625e-08  # 2^-24
+    return b_first, b_second
+
+
+@triton.jit
+def _uniform(seed, o_element):
+    """float32 in [0, 1) for each element's linear index (int64 block); ``seed`` as in :func:`_words`."""
+    b_first, b_second = _words(seed, o_element >> 1)
+    b_word = tl.where((o_element & 1) == 0, b_first, b_second)
+    return (b_word >> 8).to(tl.int32).to(tl.float32) * 5.9604644775390625e-08  # 2^-24
 
 
 @triton.jit

@@ -24,19 +24,22 @@ from ..schedule import slot_count
 _kept: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
-def kept(tensor: Tensor, function: Callable[[Tensor], Any]) -> Any:
-    """``function(tensor)``, computed once for as long as ``tensor`` lives and nobody writes to it.
+def kept(tensor: Tensor, function: Callable[..., Any], *others: Any) -> Any:
+    """``function(tensor, *others)``, computed once for as long as ``tensor`` lives, nobody writes to it or to a tensor among the others, and these
+    stay the same objects, or equal ones if they are no tensors.
 
     For what follows from the graph alone (the inverse of a permutation, a count that must be read from the device): a layer then needs no further
     launch and no synchronisation, and can be captured in a CUDA graph after its first call.
     """
-    if tensor.is_inference():  # has no version counter
-        return function(tensor)
+    if any(isinstance(t, Tensor) and t.is_inference() for t in (tensor, *others)):  # has no version counter
+        return function(tensor, *others)
+    key = (tensor._version, function, *((id(t), t._version) if isinstance(t, Tensor) else t for t in others))
     entry = _kept.get(tensor)
-    if entry is None or entry[:2] != (tensor._version, function):
-        entry = (tensor._version, function, function(tensor))
+    if entry is None or entry[0] != key:
+        # With the others themselves, so that none of them dies and leaves its id to another.
+        entry = (key, function(tensor, *others), others)
         _kept[tensor] = entry
-    return entry[2]
+    return entry[1]
 
 
 def _slots_of(hubs: Tensor) -> int:
@@ -61,8 +64,10 @@ def dense(tensor: Tensor | None) -> Tensor | None:
 
 def float_tile(features: int) -> dict[str, int]:
     """Sizes of a float aggregation. A row of 128 float32 is one 16-byte load of each thread of a warp; a thread of four warps takes 16 values of
-    a tile at most; a narrow tile has few rows, since it runs as long as its longest."""
-    block_f = min(triton.next_power_of_2(features), 128)
+    a tile at most; a narrow tile has few rows, since it runs as long as its longest. Of the blocks that leave the least of the last one unused, the
+    largest: 192 features are 3 blocks of 64, and 602 are 5 of 128."""
+    most = min(triton.next_power_of_2(features), 128)
+    block_f = min((most, max(most // 2, 1)), key=lambda block: triton.cdiv(features, block) * (block + 16))
     vector = math.gcd(features, 16)
     return {
         "F_VECTORS": features // vector, "VECTOR": vector,
@@ -117,6 +122,14 @@ def _narrow_rows(p_order, p_indptr, i_tile, R, BLOCK_R: tl.constexpr):
     b_first = tl.load(p_indptr + b_row, mask=m_r, other=0)
     b_degree = (tl.load(p_indptr + b_row + 1, mask=m_r, other=0) - b_first).to(tl.int32)
     return b_row, m_r, b_first, b_degree
+
+
+@triton.jit
+def _narrow_edges(p_order, p_indptr, o_r, R):
+    """First edge of the narrow rows ``o_r`` of the order, and the end of their edges."""
+    b_row = tl.load(p_order + o_r, mask=o_r < R, other=0).to(tl.int64)
+    b_first = tl.load(p_indptr + b_row, mask=o_r < R, other=0)
+    return b_first, tl.load(p_indptr + b_row + 1, mask=o_r < R, other=0)
 
 
 @triton.jit

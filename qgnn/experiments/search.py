@@ -242,6 +242,15 @@ class Searcher:
             self._end(self._studies[place[0]], number, cells)
         return [following for _ in numbers for following in self._next()]
 
+    def keys(self) -> set[Key]:
+        """Of all trials that have been proposed."""
+        return {
+            replace(cell, recipe=cell.recipe.changed(settings={name: str(v) for name, v in trial.params.items()})).key
+            for study in self._studies.values()
+            for trial in study.study.get_trials(deepcopy=False)
+            for cell in study.cells
+        }
+
     def best(self) -> Iterator[str]:
         """A sentence for every study that has a best trial."""
         for study in (s.study for s in self._studies.values()):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Sequence, Set
 from contextlib import closing
 from pathlib import Path
 from typing import Literal, Protocol
@@ -29,6 +29,9 @@ class Plan(Protocol):
     total: int
     settled: int
 
+    def keys(self) -> Set[Key]:
+        """The trainings, by their keys; those of a search that have been proposed. A folder may hold others, from before the file was changed."""
+
     def start(self, jobs: int) -> list[Cell]:
         """What ``jobs`` processes begin with."""
 
@@ -42,8 +45,13 @@ class Whole:
     def __init__(self, groups: Sequence[Group], ledger: Ledger) -> None:
         every = {cell.key: cell for group in groups for cell in group.cells}
         self._missing = [cell for cell in every.values() if ledger.status(cell) not in ("done", "diverged")]
+        self._every = every
         self.total = len(every)
         self.settled = self.total - len(self._missing)
+
+    def keys(self) -> Set[Key]:
+        """All of the grid."""
+        return self._every.keys()
 
     def start(self, jobs: int) -> list[Cell]:
         """All at once."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from ..results import KEYS
 from ..trace import write_whole
 from .compare import aligned
 from .parquet import SETTINGS, read, write_table
-from .store import DEFAULTS
+from .store import DEFAULTS, Key, key_of
 
 MEANS = ("test_acc", "val_acc", "test_acc_best_over_epochs", "average_bits", "compression")
 """What :func:`means` averages."""
@@ -36,6 +36,11 @@ def runs(out: Path) -> pd.DataFrame:
         raise ValueError(f"{out} holds no results; qgnn sweep FILE --out {out} puts them there")
     frame = frame.sort_values([*RUN, "attempt"], kind="stable", ignore_index=True)
     return frame.drop_duplicates(RUN, keep="last", ignore_index=True)
+
+
+def among(frame: pd.DataFrame, keys: Set[Key]) -> pd.DataFrame:
+    """The runs with these keys."""
+    return frame[[key_of(row, {name: row[name] for name in SETTINGS}) in keys for row in records(frame)]]
 
 
 _COMPARISONS: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {

@@ -1,4 +1,4 @@
-"""Processes that train cells. One that crashes loses the cell it was at; all end with the process that started them."""
+"""Processes that train cells. One that crashes, or whose GPU has failed, loses the cell it was at; all end with the process that started them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _log = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class Failure:
     """Why a cell has no record: it "diverged" (the loss is not finite), was "pruned" by its search, ran "out of memory", its process was "killed" or
-    "crashed", or it "failed" with another error; and a sentence with the details."""
+    "crashed" (as a GPU does for all that its process still asks of it), or it "failed" with another error; and a sentence with the details."""
 
     status: Literal["diverged", "pruned", "out of memory", "killed", "crashed", "failed"]
     reason: str
@@ -78,7 +78,7 @@ def outcomes(
                 else:
                     worker.share, ended = 0.0, ended + 1
                     yield worker.cell, message
-                    _next(worker, waiting, busy)
+                    _next(worker, message, waiting, busy)
                     while waiting and len(busy) < jobs:
                         _start(waiting.popleft(), setup, busy)
                 progress(ended + sum(w.share for w in busy.values()))
@@ -120,10 +120,12 @@ def _receive(worker: _Worker) -> float | Outcome:
         return Failure("crashed", f"its process ended with {reason}")
 
 
-def _next(worker: _Worker, waiting: deque[Cell], busy: dict[Connection, _Worker]) -> None:
+def _next(worker: _Worker, message: Outcome, waiting: deque[Cell], busy: dict[Connection, _Worker]) -> None:
     """Gives a worker the next cell; sends it home if there is none, or if it has crashed."""
-    alive = worker.process.is_alive()
-    if alive and waiting:
+    if isinstance(message, Failure) and message.status == "crashed":
+        worker.process.kill()  # it may still be there, with a GPU that answers nothing but errors
+        worker.process.join()
+    if waiting and worker.process.is_alive():
         worker.cell = waiting.popleft()
         _send(worker)
         return
@@ -159,10 +161,17 @@ def outcome(cell: Cell, setup: Setup, progress: Callable[[int, int], None] | Non
     except (ValueError, OSError) as error:
         return Failure("failed", str(error))
     except Exception as error:  # an error of ours costs one cell, too
+        if _is_gpu_error(error):
+            return Failure("crashed", str(error).partition("\n")[0])
         if "can't allocate memory" in str(error):  # torch's allocator on a CPU has no class of its own for it
             return Failure("out of memory", str(error))
         _log.exception("%s", cell)
         return Failure("failed", f"{type(error).__name__}: {error}")
+
+
+def _is_gpu_error(error: Exception) -> bool:
+    """Whether something failed on a GPU, which may then give the same error to all that the process still asks of it."""
+    return isinstance(error, torch.AcceleratorError) or "CUDA error" in str(error) or "Triton Error [" in str(error)
 
 
 def _end_with_parent() -> None:

@@ -4,7 +4,7 @@ from torch import nn
 
 from ..graph import Graph
 from .a2q import A2QQuantizer, LearnedColumns, average_width, learned_kb, memory_kb, memory_penalty, start_values
-from .base import ColumnQuantizer, FeatureMap, InputCodes, LayerQuantizer, Quantizer
+from .base import ColumnQuantizer, FeatureMap, InputCodes, LayerQuantizer, Quantizer, Scheduled
 from .baselines import BinaryQuantizer, HalfColumns, HalfQuantizer
 from .bookkeeping import Averages, averages, feature_maps
 from .components import Components
@@ -122,6 +122,7 @@ def begin(layer: nn.Module, graph: Graph) -> None:
     for part in parts:
         part.protect = None if isinstance(part, ColumnQuantizer) and part.parameters_only else mask
         part.in_degree = graph.in_degree if scheme.manual else None
+        part.nodes = graph.notes.get("nodes")  # of a sampled graph (qgnn.sampler.block)
 
 
 def set_enabled(model: nn.Module, enabled: bool) -> None:
@@ -138,7 +139,7 @@ def set_width(model: nn.Module, width: int) -> None:
         ValueError: a width that the scheme does not have, or a scheme whose widths are learned or fixed.
     """
     for module in model.modules():
-        if not isinstance(module, Quantizer | RangeQuantizer):
+        if not isinstance(module, Scheduled):
             continue
         scheme = module.scheme
         if scheme.method not in ("fixed", "msfp", "qat", "dq"):

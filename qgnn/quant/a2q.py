@@ -132,24 +132,32 @@ class LearnedQuantizer(LayerQuantizer):
 
 
 class A2QQuantizer(LearnedQuantizer):
-    """Node level: a step and a width for every node of one graph."""
+    """Node level: a step and a width for every node of one graph. A batch of nodes that knows which they are (``nodes``) takes theirs."""
 
     def __init__(self, in_channels: int, out_channels: int, scheme: Scheme, num_nodes: int) -> None:
         super().__init__(in_channels, out_channels, scheme, num_nodes)
 
     def product(self, x: Tensor, weight: Tensor) -> Tensor:
-        if x.size(0) != self.bits.numel():
+        log_step: Tensor = self.log_step
+        bits: Tensor = self.bits
+        if self.nodes is not None:
+            log_step, bits = log_step[self.nodes], bits[self.nodes]
+        elif x.size(0) != bits.numel():
             raise ValueError(
-                f"this layer has steps for {self.bits.numel()} nodes and got {x.size(0)}; "
+                f"this layer has steps for {bits.numel()} nodes and got {x.size(0)}; "
                 f"node-level A2Q is tied to its graph: convert with num_nodes={x.size(0)}, or use scheme a2q-nns"
             )
-        step, signed, ste = self.log_step.exp(), self.kind == "signed", self.scheme.ste
+        step, signed, ste = log_step.exp(), self.kind == "signed", self.scheme.ste
         if self.scheme.gradient == "global":
-            return ops.fake_quantize(x, step, self.bits, signed=signed, ste=ste) @ weight
-        return ops.quantized_linear(x, weight, step, self.bits, signed=signed, ste=ste)
+            return ops.fake_quantize(x, step, bits, signed=signed, ste=ste) @ weight
+        return ops.quantized_linear(x, weight, step, bits, signed=signed, ste=ste)
 
     @torch.no_grad()
     def _start_input(self, x: Tensor) -> None:
+        if self.nodes is not None:
+            raise ValueError(
+                "steps and widths of all nodes start from a pass over the whole graph; make one before the first sampled batch"
+            )
         if x.size(0) != self.bits.numel():
             return  # product says what is wrong
         if self.scheme.manual:

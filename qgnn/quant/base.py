@@ -112,20 +112,39 @@ def row_binary_codes(x: Tensor) -> InputCodes:
     return InputCodes(step, torch.ones(x.size(0), dtype=torch.uint8, device=x.device), False)
 
 
-class Quantizer(nn.Module):
-    """What every quantizer has. While ``enabled`` is False it passes its values on in float32 (warm-up).
-
-    ``width`` is the number of bits in use, which a schedule changes (:func:`qgnn.quant.set_width`); it is no part of the state dict.
-    ``protect`` (bool ``[N]`` or None) is Degree-Quant's mask of the current forward pass and ``in_degree`` (``[N]`` or None) the graph's: a
-    convolution hands them out with :func:`qgnn.quant.begin`.
-    """
+class Scheduled(nn.Module):
+    """``width`` is the number of bits in use, which a schedule changes (:func:`qgnn.quant.set_width`). The state dict holds it where it is not the
+    scheme's own, so that a model is loaded as it was left; loading one without it sets the scheme's own."""
 
     def __init__(self, scheme: Scheme) -> None:
         super().__init__()
         self.scheme, self.width = scheme, scheme.bits
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.width != self.scheme.bits:
+            destination[f"{prefix}width"] = torch.tensor(self.width)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *more: Any) -> None:
+        # state_dict is load_state_dict's own copy, in which what is left over counts as unexpected
+        self.width = int(state_dict.pop(f"{prefix}width", self.scheme.bits))
+        super()._load_from_state_dict(state_dict, prefix, *more)
+
+
+class Quantizer(Scheduled):
+    """What every quantizer has. While ``enabled`` is False it passes its values on in float32 (warm-up).
+
+    ``protect`` (bool ``[N]`` or None) is Degree-Quant's mask of the current forward pass, ``in_degree`` (``[N]`` or None) the graph's, and ``nodes``
+    (int64 ``[N]`` or None) says which nodes of a whole graph those of a sampled one are: a convolution hands them out with
+    :func:`qgnn.quant.begin`.
+    """
+
+    def __init__(self, scheme: Scheme) -> None:
+        super().__init__(scheme)
         self.enabled = True
         self.protect: Tensor | None = None
         self.in_degree: Tensor | None = None
+        self.nodes: Tensor | None = None
 
 
 def finished(out: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:

@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from ..features import SparseFeatures
-from ..kernels.fixed_point import fixed_point_pack, fixed_point_unpack, range_parameters
-from ..kernels.packing import pack_bits_reference, unpack_bits_reference
+from ..kernels.dropout import dropout_backward
+from ..kernels.fixed_point import fixed_point_pack, fixed_point_unpack
 from ..kernels.random import drawn_seed
+from ..kernels.ranges import range_parameters
 from .base import Quantizer
 from .components import FLOAT
 from .scheme import Scheme
@@ -79,14 +80,12 @@ class _Packed:
 class _Dropped:
     """The values of sparse features after dropout: a bit for each, and the values before, ``whole``, which are the data's."""
 
-    def __init__(self, x: Tensor, whole: Tensor, share: float) -> None:
-        self.whole, self.share = whole, share
-        self.bits = pack_bits_reference((x != 0).unsqueeze(0))
-        self.watched = [watch(self.bits, "mask") for watch in watchers]
+    def __init__(self, whole: Tensor, bits: Tensor, p: float) -> None:
+        self.whole, self.bits, self.p = whole, bits, p
+        self.watched = [watch(bits, "mask") for watch in watchers]
 
     def restored(self) -> Tensor:
-        kept = unpack_bits_reference(self.bits, self.whole.numel()).squeeze(0)
-        return kept.to(self.whole.dtype).div_(self.share).mul_(self.whole)
+        return dropout_backward(self.whole, self.bits, self.p)
 
 
 def packs_maps(scheme: Scheme) -> bool:
@@ -115,33 +114,39 @@ class _Packing:
         self.bits = bits
         given = (t for t in _tensors(inputs) if not t.requires_grad and t.layout == torch.strided)
         self.exact = {_storage(t) for t in given}
-        self.weights = {tuple(p.shape) for p in module.parameters()}
-        self.dropped: dict[StorageWeakRef, tuple[Tensor, float]] = {}
+        self.parameters = module.parameters
+        self.shapes: set[torch.Size] | None = None
+        self.dropped: dict[StorageWeakRef, tuple[Tensor, Tensor, float]] = {}
         # The references see to it that no storage's number is given out again.
         self.found: WeakValueDictionary[tuple[Any, ...], _Packed] = WeakValueDictionary()
 
     def note(self, inputs: tuple[Any, ...]) -> None:
         """What a layer is called with: features after dropout."""
         for x in inputs:
-            if isinstance(x, SparseFeatures) and x.whole is not None:
-                self.dropped[_storage(x.values)] = x.whole, x.share
+            if isinstance(x, SparseFeatures) and x.whole is not None and x.dropped is not None:
+                self.dropped[_storage(x.values)] = x.whole, x.dropped, x.p
 
     def pack(self, x: Tensor) -> _Kept | _Packed | _Dropped:
-        if x.layout != torch.strided:
+        if x.layout != torch.strided or x.dtype != torch.float32:
             return _Kept(x)
         storage = _storage(x)
         if storage in self.dropped and x.shape == self.dropped[storage][0].shape:
-            return _Dropped(x, *self.dropped[storage])
-        whole = x if x._base is None else x._base
-        parameter = (whole.is_leaf and whole.requires_grad) or tuple(x.shape) in self.weights
+            return _Dropped(*self.dropped[storage])
         wide = x.dim() > 1 and x.numel() > 0 and x.shape[1:].numel() >= LEAST_COLUMNS
-        if parameter or not wide or x.dtype != torch.float32 or storage in self.exact:
+        if not wide or storage in self.exact or self._is_weight(x):
             return _Kept(x)
         key = (storage, x.storage_offset(), x.shape, x.stride(), x._version)
         packed = self.found.get(key)
         if packed is None:
             packed = self.found[key] = _Packed(x, self.bits)
         return packed
+
+    def _is_weight(self, x: Tensor) -> bool:
+        """Whether ``x`` is a parameter, or as large as one and so maybe made of it."""
+        whole = x if x._base is None else x._base
+        if self.shapes is None:  # most steps of quantized training never ask
+            self.shapes = {p.shape for p in self.parameters()}
+        return (whole.is_leaf and whole.requires_grad) or x.shape in self.shapes
 
 
 def _tensors(given: object) -> Iterator[Tensor]:

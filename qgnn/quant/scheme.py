@@ -39,8 +39,8 @@ class Scheme:
             exactly in 1 bit. The speedups of its table 1 follow only if this map, too, is charged fewer bits than the 4 of the baseline.
         components: the widths of quantized training; None in the methods that quantize the forward pass alone.
         schedule: how the width changes while training runs; None keeps ``bits``.
-        rounding: of gradients in quantized training. Stochastic in fixed point: to the nearest, what is small beside the largest of a tensor is lost in
-            every step, and training drifts (docs/training.md has the losses). MSFP's blocks have exponents of their own.
+        rounding: of gradients in quantized training. Stochastic in fixed point: to the nearest, what is small beside the largest of a tensor is lost
+            in every step, and training drifts (docs/training.md has the losses). MSFP's blocks have exponents of their own.
         saved: how a model of method "fp32" packs the activations that it keeps for backward; None keeps them as they are.
     """
 
@@ -90,8 +90,8 @@ The names with int8 and int4 take suffixes for the variants of Degree-Quant's ta
 a2q -manual (widths by in-degree) and -input (learned widths of a 0/1 input), and a2q-nns -m400 for 400 groups.
 
 Those of quantized training take options after slashes: a component's width or "fp32" ("/gradients=6", "/weights=fp32"; "/grad=" is short for
-gradients), and "/rounding=nearest" or "/rounding=stochastic" of the gradients. "sdq:8,6,4,4" and "adq:4,8" are schedules (:mod:`.schedules`), of fixed point, or
-"/over=msfp", "/over=int" (QAT) or "/over=dq". "fp32/saved=int4" packs what backward keeps of an FP32 model."""
+gradients), and "/rounding=nearest" or "/rounding=stochastic" of the gradients. "sdq:8,6,4,4" and "adq:4,8" are schedules (:mod:`.schedules`), of
+fixed point, or "/over=msfp", "/over=int" (QAT) or "/over=dq". "fp32/saved=int4" packs what backward keeps of an FP32 model."""
 
 _RANGES: dict[str, dict[str, Any]] = {
     "clip": {"ste": "clip"},

@@ -18,15 +18,14 @@ from ..autograd_training import (
     Rounding,
     StraightThrough,
     fixed_values,
-    largest,
     mantissa_bits,
     msfp_values,
-    scale_of,
 )
 from ..features import SparseFeatures
 from ..graph import Graph
 from ..kernels.msfp import BLOCK
 from ..kernels.random import NEAREST, drawn_seed
+from ..kernels.ranges import extremes, largest, scale_of
 from ..qtensor import QTensor
 from .base import (
     ColumnQuantizer,
@@ -62,13 +61,12 @@ def _seed(scheme: Scheme) -> int:
     return drawn_seed() if scheme.rounding == "stochastic" else NEAREST
 
 
-def _top(quantizer: Quantizer, buffer: str, x: Tensor) -> Tensor:
+def _top(quantizer: Quantizer, buffer: str, x: Tensor, top: Tensor) -> Tensor:
     """The magnitude that gets the largest code: in training the batch's own, in evaluation that of the last training batch, kept in ``buffer``; where
-    that is NaN, of the first batch. A batch of nothing changes nothing; one with NaN has NaN in evaluation, too."""
+    that is NaN, of the first batch. A batch of nothing changes nothing; one with NaN has NaN in evaluation, too. ``top`` is the largest of ``x``."""
     kept: Tensor = getattr(quantizer, buffer)
     if not x.numel():
         return kept.nan_to_num(0)
-    top = largest(x)
     if quantizer.training or bool(kept.isnan()):
         kept.copy_(top)
         return top
@@ -78,6 +76,11 @@ def _top(quantizer: Quantizer, buffer: str, x: Tensor) -> Tensor:
 def _cut(quantizer: Quantizer, x: Tensor, top: Tensor) -> Tensor:
     """``x`` within the range that evaluation keeps: the integers of a frozen model have no code below that of ``-top``, which fixed point has."""
     return x if quantizer.training else x.clamp(-top, top)
+
+
+def _scale(top: Tensor, bits: int, signed: bool = True) -> Tensor:
+    """The scale of a map, whose values are sums of multiples of one step: without slack, many would lie exactly between two codes (see SLACK)."""
+    return scale_of(top * (1 + SLACK), bits, signed)
 
 
 def _fixed_gradient(bits: int, seed: int, grad: Tensor) -> Tensor:
@@ -154,8 +157,8 @@ class FixedColumns(TrainingColumns):
         bits = width_of(self, component)
         if bits == FLOAT:
             return x
-        top = _top(self, buffer, x)
-        return StraightThrough.apply(_cut(self, x, top).contiguous(), fixed_values, scale_of(top, bits, True), bits)
+        top = _top(self, buffer, x, largest(x))
+        return StraightThrough.apply(_cut(self, x, top).contiguous(), fixed_values, _scale(top, bits), bits)
 
     def attended(self, out: Tensor) -> Tensor:
         bits = width_of(self, "gradients")
@@ -181,7 +184,7 @@ class FixedColumns(TrainingColumns):
             return super().aggregate(graph, h, weight, reduce, scale=scale, own=own, bias=bias)
         _check_headroom(graph)
         rounding = Rounding(messages, FLOAT, gradients, True, _seed(self.scheme))
-        h_scale = scale_of(_top(self, "top", h), messages, True)
+        h_scale = _scale(_top(self, "top", h, largest(h)), messages)
         if result == FLOAT:
             return FixedAggregate.apply(h, factor, own, bias, h_scale, graph, rounding)
         out = FixedAggregate.apply(h, factor, own, None, h_scale, graph, rounding)
@@ -192,7 +195,7 @@ class FixedColumns(TrainingColumns):
         bits = width_of(self, "attention" if self.parameters_only else "messages")
         if bits == FLOAT:
             raise ValueError(f"scheme {self.scheme.name!r} sums in float32: there are no integer codes to freeze")
-        step = scale_of(self.top, bits, True).expand(self.channels).contiguous()
+        step = _scale(self.top, bits).expand(self.channels).contiguous()
         return step, torch.full_like(step, bits, dtype=torch.uint8)
 
 
@@ -246,9 +249,10 @@ class FixedQuantizer(LayerQuantizer):
     def _ranged(self, x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
         """``x`` as it is quantized, and its scale. Where features that were never negative are so now, they get a sign; on a GPU, which is not waited
         for, they become NaN instead, but for ``QGNN_DEBUG=1``."""
-        top = _top(self, "top", x)
-        if self.training and self.kind == "unsigned" and x.numel():
-            negative = x.detach().amin() < 0
+        low, high = extremes(x)
+        top = _top(self, "top", x, torch.maximum(-low, high))
+        if self.training and self.kind == "unsigned":
+            negative = low < 0
             if not checks_values(x):
                 top = top.masked_fill(negative, torch.nan)
             elif bool(negative):
@@ -256,8 +260,7 @@ class FixedQuantizer(LayerQuantizer):
         return _cut(self, x, top), self._input_scale(top, bits)
 
     def _input_scale(self, top: Tensor, bits: int) -> Tensor:
-        # What an aggregation gave has multiples of one step: without slack, many would lie exactly between two codes (see SLACK).
-        return scale_of(top * (1 + SLACK), bits, self.kind == "signed")
+        return _scale(top, bits, self.kind == "signed")
 
     @torch.no_grad()
     def input_codes(self, x: Tensor | None) -> InputCodes:
