@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 from torch.utils.data.distributed import DistributedSampler
 from torch_geometric.data import Data
 from torch_geometric.loader import DataLoader, NodeLoader
@@ -88,9 +89,10 @@ def _rows(x: Tensor | SparseFeatures, inner: Tensor) -> tuple[Tensor | SparseFea
     return SparseFeatures(graph, x.values[places]), places
 
 
-def _sampler(items: int, seed: int) -> DistributedSampler[int]:
+def _sampler(items: int, seed: int) -> DistributedSampler[tuple[Tensor, ...]]:
     """Which of ``items`` a process takes in an epoch. Some are taken twice where they cannot be shared equally."""
-    return DistributedSampler(range(items), group.size(), group.rank(), shuffle=True, seed=seed)  # type: ignore[arg-type]  # it asks for the length only
+    places = TensorDataset(torch.arange(items))
+    return DistributedSampler(places, group.size(), group.rank(), shuffle=True, seed=seed)
 
 
 def _share(batch: int, items: int) -> int:
